@@ -1,0 +1,162 @@
+"""All that an ingredient may see of the run it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from luthier.core.anatomy import Anatomy
+from luthier.core.claims import Claim, Place
+from luthier.core.seeds import derive, generator
+from luthier.errors import Fault, RecipeError
+
+
+class Holder(Protocol):
+    """Something with state that is saved with the run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+H = TypeVar("H", bound=Holder)
+
+
+class Tensors(dict[str, Tensor]):
+    """Tensors by name, as a holder; numbers such as a count are tensors of shape ()."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.detach().clone() for name, value in self.items()}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        for name, value in state.items():
+            if name in self and self[name].shape == value.shape:
+                self[name].copy_(value)
+            else:
+                self[name] = value.clone()
+
+
+class Shelf:
+    """The state holders of one stage, by name; what was saved waits until its holder is made."""
+
+    def __init__(self) -> None:
+        self._holders: dict[str, Holder] = {}
+        self._waiting: dict[str, dict[str, Any]] = {}
+
+    def save(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Gives something of the ingredient's own a folder ``name`` in the run folder; without a run folder nothing is written."""
+        if self.folder is not None:
+            path = self.folder / name
+            path.mkdir(parents=True, exist_ok=True)
+            write(path)
+
+    def keep(self, name: str, make: Callable[[], H]) -> H:
+        if name not in self._holders:
+            holder = make()
+            if name in self._waiting:
+                holder.load_state_dict(self._waiting.pop(name))
+            self._holders[name] = holder
+        return self._holders[name]  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._waiting, **{name: holder.state_dict() for name, holder in self._holders.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if name in self._holders:
+                self._holders[name].load_state_dict(value)
+            else:
+                self._waiting[name] = value
+
+
+@dataclass
+class Progress:
+    """Where the stage stands: ``step`` optimizer steps done of ``steps``."""
+
+    steps: int
+    step: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Share of the stage that is done, in [0, 1]."""
+        return min(self.step / self.steps, 1.0) if self.steps else 1.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a hook is given.
+
+    Args:
+        anatomy: the model's parts, as they are at this hook.
+        progress: where the stage stands (live: read it when needed, do not keep a copy).
+        seed: the recipe's seed.
+        key: the stage and the ingredient, which name the random streams and the kept state.
+        claims: what the ingredient claimed; ``reference`` and ``sample`` are only for those who claimed them.
+        folder: the run folder, if there is one.
+    """
+
+    anatomy: Anatomy
+    progress: Progress
+    seed: int
+    key: str
+    claims: tuple[Claim, ...]
+    shelf: Shelf
+    notes: list[str]
+    start: Mapping[str, Tensor] | None = None
+    batches: Sequence[Any] = ()
+    folder: Path | None = None
+
+    @property
+    def reference(self) -> Mapping[str, Tensor]:
+        """The stage's start weights by canonical name, detached clones.
+
+        Raises:
+            RecipeError: the ingredient did not claim ``needs(Place.REFERENCE)``.
+        """
+        self._claimed(Place.REFERENCE)
+        return self.start or {}
+
+    @property
+    def sample(self) -> Sequence[Any]:
+        """A few training batches.
+
+        Raises:
+            RecipeError: the ingredient did not claim ``needs(Place.SAMPLE)``.
+        """
+        self._claimed(Place.SAMPLE)
+        return self.batches
+
+    def rng(self, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh generator, named by recipe seed, stage, ingredient, step and ``names``; the same call gives the same numbers."""
+        return generator(self.seed, self.key, self.progress.step, *names, device=device)
+
+    def seed_of(self, *names: str | int) -> int:
+        """The seed that ``rng`` would start from."""
+        return derive(self.seed, self.key, self.progress.step, *names)
+
+    def note(self, text: str) -> None:
+        """Says something once in the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def save(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Gives something of the ingredient's own a folder ``name`` in the run folder; without a run folder nothing is written."""
+        if self.folder is not None:
+            path = self.folder / name
+            path.mkdir(parents=True, exist_ok=True)
+            write(path)
+
+    def keep(self, name: str, make: Callable[[], H]) -> H:
+        """A state holder: made at the first call, the same ever after, saved and restored with the run."""
+        return self.shelf.keep(f"{self.key}/{name}", make)
+
+    def _claimed(self, place: Place) -> None:
+        if not any(claim.place == place for claim in self.claims):
+            raise RecipeError.of(
+                [Fault(self.key, f"must claim needs({place.name}) before it reads {place.value}")], "an ingredient"
+            )

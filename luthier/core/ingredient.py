@@ -1,0 +1,128 @@
+"""What a fine-tuning method is: a frozen value with a few typed hooks that do nothing until overridden.
+
+The hooks, in the order of a stage's life: ``surgery``, ``settings``, ``batches``, ``loss``, ``optimizer``, ``finish``, ``measure``.
+Each attaches to an object of PyTorch's (a module, a parameter group, a loss function, an optimizer), so the same ingredient works
+in a recipe, in one's own loop and in ``transformers.Trainer``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import numpy as np
+import pydantic
+from pydantic.dataclasses import dataclass as checked
+from torch import nn
+from torch.optim import Optimizer
+
+from luthier.core.claims import Claim
+from luthier.core.closure import LossFn
+from luthier.core.context import Context
+from luthier.core.faults import faults_of
+from luthier.core.stream import Stream
+from luthier.core.table import ParamTable
+from luthier.errors import RecipeError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the trained model says of one split: the only thing a ``measure`` hook reads.
+
+    Args:
+        logits: shape (n, classes), float; unnormalised.
+        targets: shape (n,): class numbers, or numbers to predict.
+    """
+
+    logits: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a ``measure`` hook found.
+
+    Args:
+        values: numbers by name, for the report.
+        scale: factor on the logits, shape () or (classes,), that the predictions should be read with; None leaves them as they are.
+        shift: added after ``scale``.
+        notes: sentences for the report.
+    """
+
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scale: tuple[float, ...] | None = None
+    shift: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Ingredient:
+    """One fine-tuning method. Subclasses are made with ``@ingredient`` and hold hyper-parameters only, never state."""
+
+    def touches(self) -> tuple[Claim, ...]:
+        """What it claims; pure, may read the fields."""
+        return ()
+
+    def surgery(self, model: nn.Module, ctx: Context) -> None:
+        """Changes the model in place, once, before the stage; also called on a storage-free copy when it claims modules."""
+
+    def settings(self, table: ParamTable) -> ParamTable:
+        """A table with edited rows; pure: no context, no model."""
+        return table
+
+    def batches(self, stream: Stream, ctx: Context) -> Stream:
+        """A stream made from a stream."""
+        return stream
+
+    def loss(self, inner: LossFn, ctx: Context) -> LossFn:
+        """A loss made from a loss."""
+        return inner
+
+    def optimizer(self, inner: Optimizer, ctx: Context) -> Optimizer:
+        """An optimizer made from an optimizer, or the same one with step hooks."""
+        return inner
+
+    def finish(self, model: nn.Module, ctx: Context) -> None:
+        """Changes the model in place, once, after the stage; called in reverse order."""
+
+    def measure(self, outputs: Mapping[str, Outputs], ctx: Context) -> Findings | None:
+        """Reads the trained model's outputs by split; changes nothing."""
+        return None
+
+    def state_bytes(self, table: ParamTable) -> int:
+        """Memory that it keeps beside weights and gradients, in bytes; pure."""
+        return 0
+
+    @classmethod
+    def name(cls) -> str:
+        """Its name in a recipe: the name of its file."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+    @classmethod
+    def uses(cls, hook: str) -> bool:
+        """Whether it overrides ``hook``."""
+        return getattr(cls, hook) is not getattr(Ingredient, hook)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def ingredient(cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass whose values are checked when it is made, all faults at once.
+
+    Raises (when an instance is made):
+        RecipeError: unknown names or bad values; each with its field, what must hold and what came.
+    """
+    made = checked(cls, frozen=True, config=pydantic.ConfigDict(extra="forbid", strict=False))
+    construct = made.__init__
+
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            construct(self, *args, **values)
+        except pydantic.ValidationError as error:
+            name = cls.__module__.rsplit(".", 1)[-1]
+            known = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
+            raise RecipeError.of(faults_of(error, name, known), name) from None
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made

@@ -1,0 +1,269 @@
+"""compose: a recipe and a model's skeleton become a Plan. Here a mistake surfaces, before any weight moves.
+
+The skeleton is a copy of the model without storage, so planning needs no memory, touches no live weight and draws no number from a
+global generator. A plan is a frozen value: it can be printed, compared and tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from luthier.core.anatomy import Anatomy, Family
+from luthier.core.claims import Claim, Place, conflicts
+from luthier.core.context import Context, Progress, Shelf
+from luthier.core.ingredient import Ingredient
+from luthier.core.stream import Shuffled, Stream
+from luthier.core.table import ParamTable
+from luthier.cost import Memory, forecast
+from luthier.errors import ConflictError, Fault, LuthierError, RecipeError
+from luthier.recipe import registry
+from luthier.recipe.recipe import Recipe, Stage
+
+_STRUCTURE = (Place.MODULES, Place.FORWARD_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An ingredient at its place in a stage: its name, its claims, and the key of its random streams and kept state."""
+
+    name: str
+    ingredient: Ingredient
+    claims: tuple[Claim, ...]
+    key: str
+    default: bool = False
+
+    def owns(self, *places: Place) -> bool:
+        return any(claim.how == "owns" and claim.place in places for claim in self.claims)
+
+    def claims_any(self, *places: Place) -> bool:
+        return any(claim.place in places for claim in self.claims)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, made definite for one model and one set of rows.
+
+    Args:
+        entries: the ingredients in the order in which their hooks nest.
+        anatomy: the model's parts after this stage's surgery.
+        table: one row a parameter.
+        steps: optimizer steps; 0 when the head is solved.
+        stream: which rows make which step; None when the rows are not known (one's own loop).
+        memory: the forecast, by part.
+    """
+
+    stage: Stage
+    index: int
+    entries: tuple[Entry, ...]
+    anatomy: Anatomy
+    table: ParamTable
+    steps: int
+    stream: Stream | None
+    memory: Memory
+    notes: tuple[str, ...]
+    family: Family | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def trainable(self) -> int:
+        """Trainable weights, counted."""
+        return sum(row.part.numel for row in self.table.rows if row.trainable)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe made definite: order, tables, steps, cost. Holds no weights."""
+
+    recipe: Recipe
+    stages: tuple[StagePlan, ...]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose weights and buffers have shapes but no storage (the meta device)."""
+    memo: dict[int, object] = {}
+    for weight in model.parameters():
+        memo[id(weight)] = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def compose(
+    recipe: Recipe,
+    shape: nn.Module,
+    *,
+    lengths: Sequence[int] | None = None,
+    voids: Sequence[Claim] = (),
+    where: str = "",
+) -> Plan:
+    """Makes a recipe definite for one model and one set of training rows.
+
+    Args:
+        recipe: what is to be done.
+        shape: the model's skeleton (see ``skeleton``); changed in place by the recipe's surgery.
+        lengths: tokens in each training row; None when stages say their steps.
+        voids: what the surroundings do away with (sharded weights, another trainer's own clipping).
+        where: the recipe's file, for messages.
+    Raises:
+        RecipeError: values that cannot hold for this model or these rows, or an ingredient that matches nothing.
+        ConflictError: ingredients that cannot share a stage. All faults of all stages are told at once.
+    """
+    faults: list[Fault] = []
+    clashes: list[Fault] = []
+    plans = [_stage(recipe, at, shape, lengths, tuple(voids), faults, clashes) for at in range(len(recipe.stages))]
+    inside = where or recipe.name
+    if faults:
+        raise RecipeError.of([*faults, *clashes], inside)
+    if clashes:
+        raise ConflictError.of(clashes, inside)
+    return Plan(recipe, tuple(plan for plan in plans if plan))
+
+
+def _stage(
+    recipe: Recipe,
+    index: int,
+    shape: nn.Module,
+    lengths: Sequence[int] | None,
+    voids: tuple[Claim, ...],
+    faults: list[Fault],
+    clashes: list[Fault],
+) -> StagePlan | None:
+    stage = recipe.stages[index]
+    label = f"stages[{index}] {stage.name!r}"
+    entries = _entries(stage, label, faults)
+    before = Anatomy.of(shape, recipe.family)
+    notes: list[str] = []
+    shelf = Shelf()
+
+    def context(entry: Entry, anatomy: Anatomy, steps: int) -> Context:
+        return Context(anatomy, Progress(steps), recipe.seed, entry.key, entry.claims, shelf, notes)
+
+    structural = [entry for entry in entries if entry.claims_any(*_STRUCTURE) and entry.ingredient.uses("surgery")]
+    try:
+        for entry in structural:
+            entry.ingredient.surgery(shape, context(entry, before, 0))
+        anatomy = Anatomy.of(shape, recipe.family)
+        stream, steps = _length(recipe, stage, index, entries, lengths, lambda e: context(e, anatomy, 0))
+        table = ParamTable.start(anatomy, learning_rate=stage.learning_rate, steps=steps)
+    except LuthierError as error:
+        faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
+        return None
+    for entry in entries:
+        try:
+            table = entry.ingredient.settings(table.signed(entry.name))
+        except LuthierError as error:
+            faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
+    faults.extend(_idle(entries, before, anatomy, label))
+    if not any(row.trainable for row in table.rows):
+        faults.append(Fault(label, "trains no weight", do="Freeze less, or drop the stage."))
+    surroundings = [("the surroundings", voids)] if voids else []
+    claimed = [(entry.name, entry.claims) for entry in entries] + surroundings
+    if stage.solver == "exact":
+        faults.extend(_unsolvable(entries, table, anatomy, label))
+    clashes.extend(conflicts(claimed, lambda at: _select(at, before) | _select(at, anatomy), label))
+    for entry in reversed(structural):
+        if entry.ingredient.uses("finish"):
+            entry.ingredient.finish(shape, context(entry, anatomy, steps))
+    memory = forecast(shape, table, [entry.ingredient for entry in entries], stage, lengths)
+    return StagePlan(stage, index, entries, anatomy, table, steps, stream, memory, tuple(notes), recipe.family)
+
+
+def _entries(stage: Stage, label: str, faults: list[Fault]) -> tuple[Entry, ...]:
+    made: list[Entry] = []
+    for ingredient in stage.ingredients:
+        name = ingredient.name()
+        if any(entry.name == name for entry in made):
+            faults.append(Fault(f"{label} {name}", "stands twice in one stage", do="Keep one."))
+            continue
+        made.append(Entry(name, ingredient, ingredient.touches(), f"{stage.name}/{name}"))
+    if stage.solver == "sgd" and not any(entry.owns(Place.OPTIMIZER) for entry in made):
+        name = registry.DEFAULT_OPTIMIZER
+        default = registry.find(name)()
+        made.append(Entry(name, default, default.touches(), f"{stage.name}/{name}", default=True))
+    return tuple(made)
+
+
+def _length(
+    recipe: Recipe,
+    stage: Stage,
+    index: int,
+    entries: Sequence[Entry],
+    lengths: Sequence[int] | None,
+    context: object,
+) -> tuple[Stream | None, int]:
+    if stage.solver == "exact":
+        return None, 0
+    stream: Stream | None = None
+    if lengths is not None:
+        stream = Shuffled(tuple(lengths), stage.batch_size, recipe.seed, index)
+        for entry in entries:
+            stream = entry.ingredient.batches(stream, context(entry))  # type: ignore[operator]
+    if stage.steps is not None:
+        return stream, stage.steps
+    if stage.epochs is None:
+        raise RecipeError.of([Fault("", "must say epochs or steps")], "the plan")
+    if stream is None:
+        raise RecipeError.of([Fault("", "must say steps, as the rows are not known")], "the plan")
+    whole = math.floor(stage.epochs)
+    steps = sum(stream.count(number) for number in range(whole))
+    return stream, max(1, steps + round((stage.epochs - whole) * stream.count(whole)))
+
+
+def _select(where: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
+    found: frozenset[str] = frozenset()
+    for selector in where:
+        found |= anatomy.select(selector)
+    return found
+
+
+def _idle(entries: Sequence[Entry], before: Anatomy, after: Anatomy, label: str) -> list[Fault]:
+    """An ingredient that names weights and matches none would do nothing, silently."""
+    faults = []
+    for entry in entries:
+        for selector in dict.fromkeys(at for claim in entry.claims for at in claim.where):
+            if not before.select(selector) and not after.select(selector):
+                some = ", ".join(part.canonical for part in after.parts[:3])
+                faults.append(
+                    Fault(
+                        f"{label} {entry.name}",
+                        f"matches no weight with {selector!r}",
+                        do=f"Weights are named like {some}.",
+                    )
+                )
+    return faults
+
+
+def _unsolvable(entries: Sequence[Entry], table: ParamTable, anatomy: Anatomy, label: str) -> list[Fault]:
+    faults = []
+    hooks = ("surgery", "batches", "loss", "optimizer")
+    for entry in entries:
+        used = [hook for hook in hooks if entry.ingredient.uses(hook)]
+        if used:
+            faults.append(
+                Fault(
+                    f"{label} {entry.name}",
+                    "cannot work with solver: exact, which takes no steps",
+                    do="Drop it, or say solver: sgd.",
+                )
+            )
+    if anatomy.output is None:
+        faults.append(Fault(label, "solver: exact needs a head that ends in a linear layer"))
+    outside = [row.name for row in table.rows if row.trainable and row.part.role != "head"]
+    if outside:
+        faults.append(
+            Fault(
+                label,
+                "solver: exact trains only the head",
+                f"{len(outside)} trainable weights outside it, such as {outside[0]}",
+                "Add freeze: {keep: [head]}, or say solver: sgd.",
+            )
+        )
+    return faults

@@ -1,0 +1,109 @@
+"""Recipe and Stage: what is to be done, as frozen values."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from luthier.core.anatomy import Family
+from luthier.core.ingredient import Ingredient, ingredient
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@ingredient
+class Stage:
+    """A stretch of training with one optimizer and one schedule.
+
+    Args:
+        name: how logs and reports call it.
+        ingredients: the methods, in the order in which they nest.
+        epochs: passes over the training rows; may be a fraction. Either this or ``steps``.
+        steps: optimizer steps.
+        learning_rate: the peak rate of a weight whose ``lr_scale`` is one.
+        batch_size: rows in one optimizer step, over all processes and micro-batches: what the mathematics sees.
+        micro_batch: most rows in one forward pass on one device: what the memory sees; None = all at once.
+        solver: ``exact`` solves the head in closed form or by L-BFGS on cached features; ``sgd`` takes steps.
+    """
+
+    name: str = "train"
+    ingredients: tuple[pydantic.InstanceOf[Ingredient], ...] = ()
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Count | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    batch_size: Count = 16
+    micro_batch: Count | None = None
+    solver: Literal["sgd", "exact"] = "sgd"
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("must say epochs or steps, not both")
+
+
+@ingredient
+class Recipe:
+    """Stages in order, and what holds for all of them.
+
+    Args:
+        name: how reports call it.
+        stages: at least one.
+        seed: every random stream of the run is derived from it.
+        task: ``auto`` decides from the labels.
+        metric: the number the report leads with; None = the task's own (accuracy, or root mean squared error).
+        max_length: tokens kept of each text; None = what the model allows, at most 512.
+        precision: of the forward and backward pass; weights and optimizer state stay in single precision.
+        compile: whether ``torch.compile`` is used.
+        family: where the parts of a model are, for families that Luthier does not know.
+    """
+
+    name: str
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: Literal["auto", "classification", "regression"] = "auto"
+    metric: str | None = None
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    family: Family | None = None
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("stages must have names of their own")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default filled in; what the run folder's recipe.yaml holds."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        plain["stages"] = [_stage(stage) for stage in self.stages]
+        plain["family"] = dataclasses.asdict(self.family) if self.family else None
+        return _listed(plain)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that are the same for two recipes exactly when they mean the same run."""
+        meaning = {key: value for key, value in self.to_dict().items() if key not in ("name", "description")}
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    plain = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}  # type: ignore[arg-type]
+    plain["ingredients"] = [
+        {part.name(): {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}}  # type: ignore[arg-type]
+        for part in stage.ingredients
+    ]
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_listed(item) for item in value]
+    return value

@@ -1,0 +1,229 @@
+"""Recipes as text: YAML <-> Recipe. All faults of a text are found before any is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.core.ingredient import Ingredient
+from luthier.recipe import registry
+from luthier.recipe.recipe import Recipe, Stage
+from luthier.errors import Fault, RecipeError, did_you_mean
+
+ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}
+SHIPPED = resources.files("luthier") / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-5`` is a number and a key may stand only once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?$|^[-+]?\d[\d_]*\.$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in found:
+            raise yaml.MarkedYAMLError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return found
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse(text: str, *, inside: str = "the text") -> Any:
+    """YAML's plain values.
+
+    Raises:
+        RecipeError: not YAML, or a key stands twice; with its line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else inside
+        raise RecipeError.of([Fault(where, getattr(error, "problem", None) or "must be YAML")], inside) from None
+
+
+def names() -> list[str]:
+    """The recipes that come with Luthier."""
+    return sorted(item.name.removesuffix(".yaml") for item in SHIPPED.iterdir() if item.name.endswith(".yaml"))
+
+
+def read(source: str | Path | Recipe, *, sets: Sequence[str] = (), seed: int | None = None) -> Recipe:
+    """A recipe from a shipped name, a file, or a Recipe; with ``--set`` style changes.
+
+    Args:
+        source: ``lp-ft``, ``my.yaml``, or a Recipe, which comes back with the changes.
+        sets: changes such as ``stages.1.lr=3e-5``; a stage or an ingredient goes by number or by name.
+        seed: goes before the recipe's own.
+    Raises:
+        RecipeError: there is no such recipe, or it has faults.
+    """
+    if isinstance(source, Recipe):
+        plain, inside = source.to_dict(), source.name
+    else:
+        plain, inside = _plain(source)
+    if not isinstance(plain, dict):
+        raise RecipeError.of(
+            [Fault("the file", "must be a mapping with the key 'stages'", type(plain).__name__)], inside
+        )
+    faults = [fault for change in sets if (fault := _change(plain, change))]
+    if faults:
+        raise RecipeError.of(faults, "--set")
+    if seed is not None:
+        plain["seed"] = seed
+    plain.setdefault("name", inside.removesuffix(".yaml"))
+    return build(plain, inside=inside)
+
+
+def _plain(source: str | Path) -> tuple[Any, str]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError.of([Fault(str(source), "must be a file", "nothing there")], "--recipe")
+        return parse(path.read_text(encoding="utf-8"), inside=path.name), path.name
+    if str(source) not in names():
+        hint = did_you_mean(str(source), names()) or f"Shipped: {', '.join(names())}."
+        raise RecipeError.of([Fault(str(source), "must be a shipped recipe or a .yaml file", do=hint)], "--recipe")
+    return parse((SHIPPED / f"{source}.yaml").read_text(encoding="utf-8"), inside=str(source)), str(source)
+
+
+def build(plain: Mapping[str, Any], *, inside: str) -> Recipe:
+    """The recipe that plain values mean.
+
+    Raises:
+        RecipeError: every fault, each with its path.
+    """
+    faults: list[Fault] = []
+    stages = []
+    given = plain.get("stages")
+    if not isinstance(given, list):
+        raise RecipeError.of([Fault("stages", "must be a list of stages", repr(given))], inside)
+    for at, stage in enumerate(given):
+        made = _stage(stage, f"stages[{at}]", faults)
+        if made:
+            stages.append(made)
+    values = {key: value for key, value in plain.items() if key != "stages"}
+    standing = stages or [Stage()]  # so that the recipe's own fields are checked even when a stage has faults
+    recipe = _make(Recipe, {**values, "stages": standing}, "", faults)
+    if faults or recipe is None:
+        raise RecipeError.of(faults, inside)
+    return recipe
+
+
+def _stage(plain: Any, path: str, faults: list[Fault]) -> Stage | None:
+    if not isinstance(plain, dict):
+        faults.append(Fault(path, "must be a mapping with the key 'ingredients'", repr(plain)))
+        return None
+    values = {ALIASES.get(key, key): value for key, value in plain.items()}
+    entries = values.pop("ingredients", None) or []
+    if not isinstance(entries, list):
+        faults.append(Fault(f"{path}.ingredients", "must be a list", repr(entries)))
+        entries = []
+    parts = [_ingredient(entry, f"{path}.ingredients[{at}]", faults) for at, entry in enumerate(entries)]
+    return _make(Stage, {**values, "ingredients": tuple(part for part in parts if part)}, path, faults)
+
+
+def _ingredient(entry: Any, path: str, faults: list[Fault]) -> Ingredient | None:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        faults.append(Fault(path, "must be a name, or one name with its values", repr(entry)))
+        return None
+    [(name, values)] = entry.items()
+    if name not in registry.INGREDIENTS:
+        hint = did_you_mean(str(name), registry.INGREDIENTS) or "See 'luthier methods'."
+        faults.append(Fault(path, f"unknown ingredient {name!r}", do=hint))
+        return None
+    if values is not None and not isinstance(values, dict):
+        faults.append(Fault(f"{path}.{name}", "must be a mapping of values", repr(values)))
+        return None
+    return _make(registry.find(name), values or {}, f"{path}.{name}", faults)
+
+
+def _make(kind: type[Any], values: Mapping[str, Any], path: str, faults: list[Fault]) -> Any:
+    try:
+        return kind(**{str(key): value for key, value in values.items()})
+    except RecipeError as error:
+        for fault in error.faults:
+            own = fault.where.partition(".")[2]
+            faults.append(dataclasses.replace(fault, where=".".join(filter(None, (path, own))) or inside_of(kind)))
+        return None
+
+
+def inside_of(kind: type[Any]) -> str:
+    return "the " + kind.__name__.lower()
+
+
+def _change(plain: dict[str, Any], change: str) -> Fault | None:
+    path, found, value = change.partition("=")
+    if not found:
+        return Fault(change, "must be PATH=VALUE, such as stages.1.lr=3e-5")
+    *steps, last = path.strip().split(".")
+    here: Any = plain
+    for step in steps:
+        below = _below(here, step)
+        if below is None:
+            return Fault(path, f"there is no {step!r} here", do=_known(here, step))
+        here = below
+    if isinstance(here, list):
+        return Fault(path, "must name a value, not a list's item")
+    if not isinstance(here, dict):
+        return Fault(path, "must name a value inside a mapping")
+    here[ALIASES.get(last, last)] = parse(value, inside=change)
+    if ALIASES.get(last, last) in ("epochs", "steps") and "stages" in steps:
+        here.pop({"epochs": "steps", "steps": "epochs"}[ALIASES.get(last, last)], None)
+    return None
+
+
+def _below(here: Any, step: str) -> Any:
+    if isinstance(here, dict):
+        if step in here:
+            return here[step]
+        return _below(here["ingredients"], step) if "ingredients" in here else None
+    if not isinstance(here, list):
+        return None
+    if step.lstrip("-").isdigit():
+        return here[int(step)] if -len(here) <= int(step) < len(here) else None
+    for at, item in enumerate(here):
+        if item == step:
+            here[at] = {step: {}}
+            return here[at][step]
+        if isinstance(item, dict) and item.get("name") == step:
+            return item
+        if isinstance(item, dict) and len(item) == 1 and step in item:
+            item[step] = item[step] or {}
+            return item[step]
+    return None
+
+
+def _known(here: Any, step: str) -> str:
+    if isinstance(here, dict):
+        return did_you_mean(step, map(str, here)) or f"Known: {', '.join(map(str, here))}."
+    return f"There are {len(here)} items, counted from 0." if isinstance(here, list) else ""
+
+
+def write(recipe: Recipe) -> str:
+    """The recipe as YAML with every default filled in; ``read`` gives the same recipe back."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def ingredients_of(recipe: Recipe) -> Iterable[Ingredient]:
+    """Every ingredient of every stage."""
+    return (part for stage in recipe.stages for part in stage.ingredients)
