@@ -10,10 +10,11 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from luthier.core.anatomy import Anatomy, Family
+from torch import nn
+
 from luthier.core.claims import Claim, Place, conflicts
 from luthier.core.context import Context, Progress, Shelf
 from luthier.core.ingredient import Ingredient
@@ -21,6 +22,7 @@ from luthier.core.stream import Shuffled, Stream
 from luthier.core.table import ParamTable
 from luthier.cost import Memory, forecast
 from luthier.errors import ConflictError, Fault, LuthierError, RecipeError
+from luthier.plan_view import as_json, as_text
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 
@@ -72,6 +74,10 @@ class StagePlan:
     def name(self) -> str:
         return self.stage.name
 
+    def context(self, entry: Entry, *, seed: int, progress: Progress, shelf: Shelf, notes: list[str]) -> Context:
+        """What the hooks of ``entry`` see when no model is attached."""
+        return Context(self.anatomy, progress, seed, entry.key, entry.claims, shelf, notes)
+
     @property
     def trainable(self) -> int:
         """Trainable weights, counted."""
@@ -84,6 +90,13 @@ class Plan:
 
     recipe: Recipe
     stages: tuple[StagePlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: what plan.json holds."""
+        return as_json(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from luthier.core.modes import paused
 
 Batch = Mapping[str, Any]
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -51,7 +53,7 @@ class Closure:
         Args:
             noise: whether dropout and its like are on, as in training; off, the model is in eval mode for the call.
         """
-        with torch.no_grad(), nullcontext() if noise else _quiet(self.model):
+        with torch.no_grad(), nullcontext() if noise else paused(self.model):
             return self._together(_added(self._parts()))
 
     def backward(self) -> Tensor:
@@ -75,15 +77,3 @@ def _added(parts: Iterator[Tensor]) -> Tensor:
     for part in parts:
         total = total + part
     return total
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

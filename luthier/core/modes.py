@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch import nn
+from contextlib import contextmanager
 
 from luthier.core.anatomy import Anatomy
+from torch import nn
 
 
 def quieted(model: nn.Module, anatomy: Anatomy, depth: int) -> Iterator[nn.Module]:
@@ -41,3 +41,15 @@ def _ends(name: str) -> Iterator[int]:
         yield at
         at = name.find(".", at + 1)
     yield len(name)
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

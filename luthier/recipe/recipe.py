@@ -8,11 +8,10 @@ import json
 from typing import Annotated, Any, Literal
 
 import pydantic
+from luthier.core.anatomy import Family
 from pydantic import Field
 
-from luthier.core.anatomy import Family
 from luthier.core.ingredient import Ingredient, ingredient
-
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from luthier.core.ingredient import Ingredient
+from luthier.errors import Fault, RecipeError, did_you_mean
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
-from luthier.errors import Fault, RecipeError, did_you_mean
 
 ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}
 SHIPPED = resources.files("luthier") / "recipes"
@@ -53,7 +53,7 @@ def parse(text: str, *, inside: str = "the text") -> Any:
         RecipeError: not YAML, or a key stands twice; with its line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else inside

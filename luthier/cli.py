@@ -1,0 +1,276 @@
+"""The command line. Light to load: what needs torch is imported inside the command that needs it.
+
+Exit codes: 0 done, 1 failed in the run, 2 refused before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.errors import LuthierError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune pretrained transformers by recipe.",
+    rich_markup_mode=None,
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A shipped name (see 'luthier recipes') or a YAML file.")]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A local folder, a hub id, or 'demo'.")]
+DataOption = Annotated[str | None, typer.Option("--data", "-d", help="A file (csv, tsv, json, jsonl, parquet, .gz), a folder, or a hub id.")]
+TextOption = Annotated[str | None, typer.Option("--text", help="Column of the text; inferred if not given.")]
+PairOption = Annotated[str | None, typer.Option("--text-pair", help="Column of the second text.")]
+LabelOption = Annotated[str | None, typer.Option("--label", help="Column of the label.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="classification or regression; decided from the labels if not given.")]
+OodOption = Annotated[list[str] | None, typer.Option("--ood", help="NAME=PATH: one more shifted test set; may be repeated.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Goes before the recipe's.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="PATH=VALUE in the recipe, such as stages.1.lr=3e-5; may be repeated.")]
+DemoOption = Annotated[bool, typer.Option("--demo", help="Use the demo's model and text: MiniLM and BBC News from two wheels.")]
+
+
+@app.command()
+def fit(
+    recipe: RecipeOption = "lp-ft",
+    model: ModelOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    text_pair: PairOption = None,
+    label: LabelOption = None,
+    task: TaskOption = None,
+    ood: OodOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/RECIPE-DATA-seedN if not given.")] = None,
+    seed: SeedOption = None,
+    sets: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    save_every: Annotated[int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints; every two minutes if not given.")] = None,
+    track: Annotated[list[str] | None, typer.Option("--track", help="tensorboard, wandb, mlflow or trackio; may be repeated.")] = None,
+    demo: DemoOption = False,
+) -> None:
+    """Fine-tune a model on your data; leaves a run folder with model, report and log."""
+    from luthier.console import narrator
+    from luthier.folder import fresh
+
+    model, source, label_of = _sources(model, data, demo)
+    if out is None:
+        if resume:
+            raise LuthierError("--resume needs --out, the folder of the run to go on with.")
+        name = f"{Path(recipe).stem}-{label_of}" + (f"-seed{seed}" if seed is not None else "")
+        out = fresh(Path("runs"), name)
+    from luthier.engine import fit as run
+
+    say = narrator()
+    report = run(
+        recipe,
+        model=model,
+        data=source,
+        out=out,
+        seed=seed,
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        task=task,
+        ood=_named(ood),
+        sets=sets or (),
+        resume=resume,
+        save_every=save_every,
+        trackers=track or (),
+        narrator=say,
+    )
+    say.line()
+    say.show(report)
+    say.line("\nnext:")
+    say.line(f"  luthier report {out}")
+    say.line(f"  luthier predict {out} --data FILE --out predictions.csv")
+    say.line(f"  luthier fit --recipe llrd {'--demo' if demo else f'--model {model} --data {data}'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeOption = "lp-ft",
+    model: ModelOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    text_pair: PairOption = None,
+    label: LabelOption = None,
+    task: TaskOption = None,
+    ood: OodOption = None,
+    seed: SeedOption = None,
+    sets: SetOption = None,
+    demo: DemoOption = False,
+    time: Annotated[bool, typer.Option("--time/--no-time", help="Time one step and forecast minutes and memory.")] = True,
+) -> None:
+    """Check everything and show who would learn what; trains nothing and writes nothing."""
+    from luthier.console import narrator
+
+    model, source, _ = _sources(model, data, demo)
+    from luthier.forecast import forecast
+
+    forecast(
+        recipe,
+        model=model,
+        data=source,
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        task=task,
+        ood=_named(ood),
+        seed=seed,
+        sets=sets or (),
+        timed=time,
+        narrator=narrator(),
+    )
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="One file with the columns the run was trained on.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .csv, .tsv or .jsonl; printed if not given.")] = None,
+) -> None:
+    """Label new rows with a finished run's model: label, and each class' calibrated probability."""
+    from luthier.console import narrator
+    from luthier.errors import DataError, Fault
+
+    if out is not None and out.exists():
+        raise DataError.of([Fault(str(out), "must not exist yet", do="Choose another name; nothing was touched.")], "--out")
+    if out is not None and out.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise DataError.of([Fault(str(out), "must end in .csv, .tsv or .jsonl")], "--out")
+    from luthier.predict import predict as run_predict
+
+    say = narrator(to_stderr=True)
+    found = run_predict(run, data, narrator=say)
+    if out is None:
+        import csv
+
+        table = found.table()
+        writer = csv.writer(sys.stdout)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+        return
+    found.save(out)
+    say.line(f"{len(found.labels)} predictions in {out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder, or its report.json.")]) -> None:
+    """Show a run's result, and write its report.html anew."""
+    from luthier.console import narrator
+    from luthier.report import Report
+
+    found = Report.load(run)
+    say = narrator()
+    say.show(found)
+    folder = run if run.is_dir() else run.parent
+    from luthier import page
+
+    say.line(f"page: {page.save(found, folder)}")
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's text.")] = None) -> None:
+    """List the recipes that come with Luthier, or print one."""
+    from luthier.catalogue import recipe_text, recipes_table
+
+    typer.echo(recipe_text(name) if name else recipes_table())
+
+
+@app.command()
+def methods() -> None:
+    """List the ingredients, with what each does."""
+    from luthier.catalogue import methods_table
+
+    typer.echo(methods_table())
+
+
+@app.command()
+def card(name: Annotated[str, typer.Argument(help="An ingredient's name.")]) -> None:
+    """Print an ingredient's card: equation, when it helps, when it hurts, source."""
+    from luthier.catalogue import card as read_card
+
+    typer.echo(read_card(name))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipe files, for editors."""
+    import json
+
+    from luthier.recipe.schema import schema as made
+
+    typer.echo(json.dumps(made(), indent=1))
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Option("--data", "-d", help="The data the recipe is for.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe file to write.")] = Path("recipe.yaml"),
+    text: TextOption = None,
+    text_pair: PairOption = None,
+    label: LabelOption = None,
+) -> None:
+    """Write a starter recipe that fits your data, with every choice explained."""
+    from luthier.starter import starter
+
+    if out.exists():
+        raise LuthierError(f"{out} exists.  Choose another --out; nothing was touched.")
+    made, said = starter(data, text=text, text_pair=text_pair, label=label, file=str(out))
+    from luthier.checkpoint import write_text
+
+    write_text(out, made)
+    typer.echo("\n".join(said))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from luthier import __version__
+
+        typer.echo(f"luthier {__version__}")
+        raise typer.Exit
+
+
+def _sources(model: str | None, data: str | None, demo: bool) -> tuple[str, Any, str]:
+    """The model, the data, and the data's short name for a folder."""
+    if demo:
+        from luthier.sources.demo import rows
+
+        return model or "demo", data or rows(limit_per_class=80), "demo" if data is None else Path(data).name.split(".")[0]
+    missing = [flag for flag, value in (("--model", model), ("--data", data)) if value is None]
+    if missing:
+        raise LuthierError(f"{' and '.join(missing)} must be given, or --demo.")
+    assert model is not None and data is not None
+    return model, data, Path(data).name.split(".")[0]
+
+
+def _named(ood: list[str] | None) -> dict[str, str]:
+    found = {}
+    for item in ood or ():
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise LuthierError(f"--ood {item}: must be NAME=PATH.")
+        found[name] = path
+    return found
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake gives its message and no traceback."""
+    try:
+        app()
+    except LuthierError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

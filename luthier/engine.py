@@ -1,0 +1,279 @@
+"""fit: from a recipe, a model and data to a Report, through a run folder that can be gone on with at any time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from luthier.core.anatomy import Anatomy
+from luthier.report import Report
+from torch import Tensor, nn
+
+from luthier import checkpoint, stages
+from luthier.folder import RunFolder
+from luthier.job import Columns, Job, prepare
+from luthier.movement import movement
+from luthier.narrate import Narrator, Silent
+from luthier.placement import Placement
+from luthier.plan import StagePlan
+from luthier.recipe import text as recipes
+from luthier.recipe.recipe import Recipe
+from luthier.results import conclude
+from luthier.run import Run
+from luthier.stages import Hooks, Stopped, Trace
+from luthier.units import memory_peak
+
+SAVE_SECONDS = 120.0  # between checkpoints, when no number of steps is given
+
+
+def fit(
+    recipe: str | Path | Recipe,
+    *,
+    model: Any,
+    data: Any,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    ood: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    resume: bool = False,
+    save_every: int | None = None,
+    trackers: Sequence[str] = (),
+    narrator: Narrator | None = None,
+) -> Report:
+    """Fine-tunes ``model`` on ``data`` as ``recipe`` says.
+
+    Args:
+        recipe: a shipped name (``lp-ft``), a YAML file, or a Recipe.
+        model: a local folder, a hub id, ``demo``, or (model, tokenizer).
+        data: a file, a folder, a DataFrame, a datasets.Dataset, a dict of these by split, or a hub id.
+        out: the run folder; None keeps nothing on disk.
+        seed: goes before the recipe's.
+        text, text_pair, label: columns of the data; None infers them.
+        task: ``classification`` or ``regression``; None decides from the labels.
+        ood: more shifted tests, by name.
+        sets: changes to the recipe, such as ``stages.1.lr=3e-5``.
+        resume: go on with the run in ``out``; a run that has ended gives its report back.
+        save_every: optimizer steps between checkpoints; None = every two minutes and at every stage's end.
+        trackers: names of trackers for Accelerate; none by default.
+        narrator: who says what happens; None says nothing.
+    Returns:
+        the report; also saved in ``out`` as report.json and report.html, beside ``model/``.
+    Raises:
+        LuthierError: something was wrong before the first step (nothing was written), or the run could not go on (what it had saved
+            is still there, and ``resume=True`` goes on from it).
+    """
+    say = narrator or Silent()
+    known = recipes.read(recipe, sets=[*sets, *([f"task={task}"] if task else [])], seed=seed)
+    place = str(out) if out is not None else None
+    settings = Placement(precision=known.precision, compile=known.compile, trackers=trackers, folder=place)
+    if not settings.main:
+        say = Silent()
+    job = prepare(
+        known,
+        model=model,
+        data_source=data,
+        columns=Columns(text, text_pair, label),
+        ood=ood,
+        voids=settings.voids(),
+        narrator=say,
+    )
+    say.show(job.plan)
+    if out is None:
+        return _Fitting(job, settings, None, say, save_every).go(resume=False)
+    folder = RunFolder(Path(out), resume=resume, identity=job.identity, main=settings.main)
+    try:
+        if folder.done:
+            say.line(f"{folder.path} holds a run that has ended; its report is given back")
+            return Report.load(folder.path)
+        folder.write("recipe.yaml", recipes.write(job.recipe))
+        folder.write_json("plan.json", job.plan.to_json())
+        return _Fitting(job, settings, folder, say, save_every).go(resume=resume)
+    finally:
+        folder.close()
+
+
+class _Fitting:
+    """The state of one call of ``fit``."""
+
+    def __init__(
+        self, job: Job, placement: Placement, folder: RunFolder | None, narrator: Narrator, save_every: int | None
+    ) -> None:
+        self.job, self.placement, self.folder, self.say = job, placement, folder, narrator
+        self.save_every = save_every
+        self.trace = Trace()
+        self.notes: list[str] = list(job.warnings)
+        self.stopping = False
+        self._saved_at = time.monotonic()
+        self._track: Callable[[dict[str, float], int], None] = lambda values, step: None
+
+    def go(self, *, resume: bool) -> Report:
+        begun = time.monotonic()
+        first, step = self._restore() if resume and self.folder else (0, None)
+        self._track = self.placement.track(
+            self.job.recipe.name, {"seed": self.job.recipe.seed, "recipe": self.job.recipe.digest}
+        )
+        with _asked_to_stop(self):
+            for plan in self.job.plan.stages[first:]:
+                self._stage(plan, step)
+                step = None
+        self.placement.end()
+        report = conclude(
+            self.job, self.trace, self.placement, self.folder, self.notes, self.say, time.monotonic() - begun
+        )
+        if self.folder and self.placement.main:
+            checkpoint.clear(self.folder.checkpoints)
+        return report
+
+    def _restore(self) -> tuple[int, checkpoint.Checkpoint | None]:
+        """Puts back the weights at the start of the stage that was under way; gives its number and the checkpoint inside it."""
+        assert self.folder is not None
+        start, step = self.folder.latest(self.say.line)
+        found = step or start
+        if found is None:
+            self.say.line("nothing was saved yet: starting from the beginning")
+            self.folder.rewind_log(0)
+            return 0, None
+        if start is not None:
+            self.job.loaded.model.load_state_dict(start.load()["model"])
+        state = found.load()
+        self.trace = Trace(**json.loads(state["trace"]))
+        self.notes = list(state["notes"])
+        self.folder.rewind_log(state["logged"])
+        at = f"step {step.step}" if step else "its start"
+        if found.stage < len(self.job.plan.stages):
+            self.say.line(f"going on with stage {self.job.plan.stages[found.stage].name!r} from {at}")
+        return found.stage, step
+
+    def _stage(self, plan: StagePlan, step: checkpoint.Checkpoint | None) -> None:
+        job, placement = self.job, self.placement
+        model = job.loaded.model
+        before = {part.canonical: weight.detach().cpu().clone() for part, weight in _weights(model, plan)}
+        seconds, steps = (self.trace.seconds, self.trace.steps) if step is None else _since(self.trace)
+        if step is None:
+            self.trace.starts.append([self.trace.steps, plan.name])
+        if plan.stage.solver == "exact":
+            notes = stages.solve(job, plan, model, placement, self.trace, self.say)
+        else:
+            notes = self._steps(plan, model, step)
+        model = job.loaded.model
+        self.trace.movement += movement(plan, before, dict(_weights_named(model, plan)))
+        used = self.trace.seconds - seconds
+        taken = self.trace.steps - steps
+        rows = taken * plan.stage.batch_size if taken else len(job.encoded["train"])
+        self.trace.stages.append(
+            {
+                "name": plan.name,
+                "steps": plan.steps,
+                "seconds": used,
+                "examples_per_second": rows / used if used else 0.0,
+                "trainable_parameters": plan.trainable,
+                "peak_memory_bytes": memory_peak(placement.device),
+                "solver": plan.stage.solver,
+                "notes": notes,
+            }
+        )
+        self._write_state(plan.index + 1, None, {"model": model.state_dict()})
+
+    def _steps(self, plan: StagePlan, model: nn.Module, step: checkpoint.Checkpoint | None) -> list[str]:
+        run, inner = stages.attach(
+            self.job, plan, model, self.placement, folder=self.folder.path if self.folder else None
+        )
+        if step is not None:
+            state = step.load()
+            run.model.load_state_dict(state["model"])
+            run.load_state_dict(state["run"])
+        kept = stages.keep_frozen(self.job, run, inner, self.placement, self.say)
+        if kept:
+            run.notes.append(kept)
+            self.say.line(kept)
+        hooks = Hooks(save=self._save_step, stop=lambda: self.stopping, log=self._log)
+        try:
+            stages.train(self.job, run, self.placement, self.trace, hooks, self.say)
+        except (Stopped, stages.NotFinite) as error:
+            self._give_up(run, error)
+        run.finish()
+        self.placement.whole(run.model, model)
+        return run.notes
+
+    def _save_step(self, step: int, run: Run) -> None:
+        due = step % self.save_every == 0 if self.save_every else time.monotonic() - self._saved_at > SAVE_SECONDS
+        if due and step < run.plan.steps:
+            self._write_step(run)
+
+    def _write_step(self, run: Run) -> None:
+        if self.placement.sharded:
+            return  # a sharded stage goes on from its start, which is as exact
+        self._write_state(run.plan.index, run.progress.step, {"model": run.model.state_dict(), "run": run.state_dict()})
+
+    def _write_state(self, stage: int, step: int | None, state: dict[str, Any]) -> None:
+        if self.folder is None or not self.placement.main:
+            return
+        state |= {"trace": json.dumps(asdict(self.trace)), "notes": list(self.notes), "logged": self.folder.logged}
+        checkpoint.save(self.folder.checkpoints, state, stage=stage, step=step)
+        self._saved_at = time.monotonic()
+
+    def _give_up(self, run: Run, error: Exception) -> None:
+        """Saves where the run stands, if its weights are good, and says how to go on."""
+        good = all(bool(torch.isfinite(weight).all()) for weight in run.model.parameters())
+        if good and run.progress.step:
+            self._write_step(run)
+        if isinstance(error, Stopped) and self.folder:
+            raise Stopped(f"stopped on request at step {run.progress.step}; --resume goes on from there") from None
+        raise error
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self.folder:
+            self.folder.log(**values)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
+        self._track(numbers, self.trace.steps)
+
+
+def _since(trace: Trace) -> tuple[float, int]:
+    """Seconds and steps before the stage that is under way."""
+    steps = sum(stage["steps"] for stage in trace.stages)
+    return sum(stage["seconds"] for stage in trace.stages), steps
+
+
+def _weights(model: nn.Module, plan: StagePlan) -> Iterator[tuple[Any, Tensor]]:
+    weights = dict(model.named_parameters())
+    for part in Anatomy.of(model, plan.family).parts:
+        yield part, weights[part.name]
+
+
+def _weights_named(model: nn.Module, plan: StagePlan) -> Iterator[tuple[str, Tensor]]:
+    for part, weight in _weights(model, plan):
+        yield part.canonical, weight
+
+
+@contextmanager
+def _asked_to_stop(fitting: _Fitting) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the run between two steps; a second Ctrl-C stops it at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if fitting.stopping:
+            raise KeyboardInterrupt
+        fitting.stopping = True
+        fitting.say.line("stopping after this step (once more to stop at once)")
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # not the main thread: signals are the caller's
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,174 @@
+"""The run folder: one run, one folder, locked while it is written, never overwritten by another run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from luthier import checkpoint
+from luthier.checkpoint import write_text
+from luthier.errors import Fault, LuthierError
+
+PACKAGES = (
+    "luthier",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "scikit-learn",
+    "tokenizers",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """An open run folder.
+
+    Files: ``recipe.yaml`` (every default filled in), ``plan.json``, ``environment.json``, ``log.jsonl``, ``checkpoints/``; and at the
+    end ``model/``, ``report.json`` and ``report.html``.
+
+    Args:
+        path: where.
+        resume: whether to go on with the run that is there.
+        identity: what makes it the same run (digests of recipe, data and start weights, the seed).
+        main: False on the processes that only look.
+    Raises:
+        LuthierError: the folder holds another run, something else, or a run that is being written now.
+    """
+
+    def __init__(self, path: Path, *, resume: bool, identity: dict[str, Any], main: bool = True) -> None:
+        self.path, self.main = path, main
+        self._lock: IO[str] | None = None
+        self._log: IO[bytes] | None = None
+        if not main:
+            return
+        before = self._known()
+        self._check(before, resume, identity)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LuthierError(
+                f"{path} is being written by another process.  Wait for it, or choose another --out."
+            ) from None
+        if before is None:
+            self.write_json("environment.json", {"identity": identity, **environment()})
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run in it has ended."""
+        return (self.path / "report.json").is_file()
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a text file, whole or not at all."""
+        if self.main:
+            write_text(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def log(self, **values: Any) -> None:
+        """Adds a line to log.jsonl."""
+        if not self.main:
+            return
+        if self._log is None:
+            self._log = (self.path / "log.jsonl").open("ab")
+        self._log.write((json.dumps(values) + "\n").encode())
+        self._log.flush()
+
+    @property
+    def logged(self) -> int:
+        """Bytes in log.jsonl."""
+        path = self.path / "log.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def rewind_log(self, size: int) -> None:
+        """Forgets what was logged after the state that is gone back to."""
+        path = self.path / "log.jsonl"
+        if self.main and path.exists():
+            os.truncate(path, min(size, path.stat().st_size))
+
+    def latest(self, say: Any) -> tuple[checkpoint.Checkpoint | None, checkpoint.Checkpoint | None]:
+        return checkpoint.latest(self.checkpoints, say=say)
+
+    def close(self) -> None:
+        """Lets go of the lock; what was written stays."""
+        for file in (self._log, self._lock):
+            if file is not None:
+                file.close()
+        (self.path / ".lock").unlink(missing_ok=True) if self.main and self._lock else None
+        self._log = self._lock = None
+
+    def _known(self) -> dict[str, Any] | None:
+        file = self.path / "environment.json"
+        if not file.is_file():
+            return None
+        try:
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["identity"]
+            return known
+        except (ValueError, KeyError):
+            raise LuthierError(f"{file} cannot be read as a run's environment.  Choose another --out.") from None
+
+    def _check(self, before: dict[str, Any] | None, resume: bool, identity: dict[str, Any]) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise LuthierError(f"{self.path} is a file.  Choose another --out.")
+        if before is None:
+            if self.path.is_dir() and any(item.name != ".lock" for item in self.path.iterdir()):
+                raise LuthierError(
+                    f"{self.path} is not empty and holds no run.  Choose another --out; nothing was touched."
+                )
+            return
+        if not resume:
+            how = "a finished run" if self.done else "an unfinished run"
+            raise LuthierError(
+                f"{self.path} holds {how}.  Add --resume to go on with it, or choose another --out; nothing was touched."
+            )
+        faults = [
+            Fault(key, f"must be what the run began with ({before.get(key)})", str(identity[key]))
+            for key in identity
+            if before.get(key) != identity[key]
+        ]
+        if faults:
+            raise LuthierError.of(faults, f"--resume: {self.path} holds another run")
+
+
+def fresh(base: Path, name: str) -> Path:
+    """``base/name``, or the first of ``name-2``, ``name-3``, ... that is not there yet."""
+    path, number = base / name, 1
+    while path.exists():
+        number += 1
+        path = base / f"{name}-{number}"
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and threads: what else a run depends on."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
+        "versions": versions,
+    }

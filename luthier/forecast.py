@@ -1,0 +1,104 @@
+"""forecast: what luthier plan does. Everything is checked, one step is timed on a copy, nothing is written."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import stages
+from luthier.job import Columns, Job, prepare
+from luthier.narrate import Narrator, Silent
+from luthier.outputs import logits
+from luthier.placement import Placement
+from luthier.plan import Plan, StagePlan
+from luthier.quick import QuickRandom, quicken
+from luthier.recipe import text as recipes
+from luthier.recipe.recipe import Recipe
+from luthier.units import duration, memory_peak, size
+
+
+def forecast(
+    recipe: str | Path | Recipe,
+    *,
+    model: Any,
+    data: Any,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    ood: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    sets: Sequence[str] = (),
+    timed: bool = True,
+    narrator: Narrator | None = None,
+) -> Plan:
+    """The plan of a run, shown, with the minutes and the memory it will take.
+
+    Args:
+        timed: whether two steps of each stage are taken, on a copy of the model, to forecast its time.
+    Raises:
+        LuthierError: whatever ``fit`` would refuse before its first step.
+    """
+    say = narrator or Silent()
+    known = recipes.read(recipe, sets=[*sets, *([f"task={task}"] if task else [])], seed=seed)
+    placement = Placement(precision=known.precision, compile=known.compile)
+    job = prepare(
+        known,
+        model=model,
+        data_source=data,
+        columns=Columns(text, text_pair, label),
+        ood=ood,
+        voids=placement.voids(),
+        narrator=say,
+    )
+    say.show(job.plan)
+    if not timed:
+        return job.plan
+    say.line()
+    total = 0.0
+    for plan in job.plan.stages:
+        seconds, how = _stage_seconds(job, plan, placement)
+        total += seconds
+        say.line(f"stage {plan.name!r}: about {duration(seconds)} ({how})")
+    say.line(f"training: about {duration(total)} here, without evaluations; memory in use now {size(memory_peak(placement.device))}")
+    return job.plan
+
+
+def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[float, str]:
+    if plan.stage.solver == "exact":
+        train = job.encoded["train"]
+        some = train.take(range(0, len(train), max(1, len(train) // 32)))
+        seconds = _time(lambda: logits(job.loaded.model, some, pad_id=job.pad_id, placement=placement))
+        rows = sum(len(job.encoded[name]) for name in ("train", "validation") if name in job.encoded)
+        return seconds / len(some) * rows, f"features of {rows} rows, then the solver"
+    try:
+        run, _ = stages.attach(job, plan, copy.deepcopy(job.loaded.model), placement)
+    except Exception as error:  # a later stage may need what an earlier one leaves
+        return 0.0, f"not timed: {error}"
+    quick = QuickRandom(job.recipe.seed)
+    handle = quicken(run.model, quick) if placement.device.type == "cpu" else None
+    state = torch.random.get_rng_state()
+    taken: list[float] = []
+    try:
+        for step, rows, _ in stages.steps(plan, 0):
+            closure = stages.closure(job, run, placement, quick, step, rows)
+            taken.append(_time(lambda: (run.offer(closure), run.step(placement.take))))  # noqa: B023
+            if step == 2:
+                break
+    finally:
+        torch.random.set_rng_state(state)
+        if handle is not None:
+            handle.remove()
+    each = min(taken)
+    return each * plan.steps, f"{plan.steps} steps of {each * 1000:.0f} ms"
+
+
+def _time(work: Any) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun

@@ -1,0 +1,119 @@
+"""L2-SP: a penalty that pulls pretrained weights to where they started, and new weights to zero.
+
+Source: Li, Grandvalet, Davoine, ICML 2018, equation 4 (arXiv:1802.01483).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.anatomy import Part
+from luthier.core.claims import Claim, Place, needs, wraps
+from luthier.core.closure import LossFn
+from luthier.core.context import Context
+from luthier.core.ingredient import Ingredient, ingredient
+from luthier.core.table import ParamTable
+from luthier.errors import Fault, ModelError
+
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def distance(weight: Tensor, start: Tensor | None) -> Tensor:
+    """Half the squared distance to ``start``: ||w - w0||^2 / 2, with w0 = 0 where there is none. Its gradient is w - w0.
+
+    Args:
+        weight: any shape, any float type; may be sharded.
+        start: the same shape and placement, or None.
+    Returns:
+        shape (), at least single precision, the same on every process.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    total = (wide if start is None else wide - start).square().sum() / 2
+    whole: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
+    return whole
+
+
+def plain(name: str, known: Mapping[str, Any]) -> str:
+    """The name of a weight without what data-parallel and compiled wrappers put before it.
+
+    >>> plain("_orig_mod.module.head.weight", {"head.weight": 0})
+    'head.weight'
+    """
+    while name not in known and name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+@ingredient
+class L2SP(Ingredient):
+    """Adds alpha/2 ||w - w0||^2 for pretrained weights w and beta/2 ||v||^2 for new ones v to the loss.
+
+    w0 are the weights at the start of the stage. New are the head, and weights that were not there then (LoRA.s).
+    Only trainable weights count. The defaults are the values of the authors' script.
+
+    Args:
+        strength: alpha, the pull to the start.
+        head_strength: beta, the pull of new weights to zero.
+    Differs: w0 is where this stage starts, which after an earlier stage is no longer what was downloaded. Biases and
+        norms are pulled too, as in the authors' code by its mode 101; its mode 1 pulls matrices only.
+    """
+
+    strength: Strength = 0.1
+    head_strength: Strength = 0.01
+
+    def touches(self) -> tuple[Claim, ...]:
+        return (wraps(Place.LOSS), needs(Place.REFERENCE))
+
+    def loss(self, inner: LossFn, ctx: Context) -> LossFn:
+        if not self.strength and not self.head_strength:
+            return inner
+        parts = {part.name: part for part in ctx.anatomy.parts}
+        starts: dict[str, Tensor] = {}  # the reference, placed like the weights at its first use
+
+        def pulled(model: nn.Module, batch: Any) -> Tensor:
+            loss = inner(model, batch)
+            for part, weight in _trained(model, parts):
+                start = None if part.role == "head" else ctx.reference.get(part.canonical)
+                strength = self.head_strength if start is None else self.strength
+                if not strength:
+                    continue
+                if start is not None:
+                    if part.name not in starts:
+                        starts[part.name] = _placed(start, weight)
+                    start = starts[part.name]
+                loss = loss + strength * distance(weight, start)
+            return loss
+
+        return pulled
+
+    def state_bytes(self, table: ParamTable) -> int:
+        if not self.strength and not self.head_strength:
+            return 0
+        start = sum(row.part.bytes for row in table.rows)
+        differences = sum(4 * row.part.numel for row in table.rows if row.trainable)  # they wait for the backward pass
+        return start + differences
+
+
+def _trained(model: nn.Module, parts: Mapping[str, Part]) -> Iterator[tuple[Part, nn.Parameter]]:
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        part = parts.get(plain(name, parts))
+        if part is None:
+            raise ModelError.of([Fault(name, "must be a weight that was planned for")], "l2sp")
+        yield part, weight
+
+
+def _placed(start: Tensor, weight: Tensor) -> Tensor:
+    start = start.to(weight.device)
+    if not hasattr(weight, "device_mesh"):
+        return start
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(start, weight.device_mesh, weight.placements)

@@ -1,0 +1,101 @@
+"""prepare: everything that can be found wrong is found here, before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core.claims import Claim
+from luthier.narrate import Narrator, Silent
+from luthier.plan import Plan, compose, skeleton
+from luthier.recipe.recipe import Recipe
+from luthier.sources import checks, data, models, tasks
+from luthier.sources.text import Encoded, encode, lengths
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, a model, data and a plan that fit together. ``loaded.model`` is the only live thing in it."""
+
+    recipe: Recipe
+    data: data.Data
+    task: tasks.Task
+    loaded: models.Loaded
+    encoded: Mapping[str, Encoded]
+    plan: Plan
+    metric: str
+    warnings: tuple[str, ...]
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills batches up."""
+        known = getattr(self.loaded.tokenizer, "pad_token_id", None)
+        return int(known if known is not None else self.loaded.model.config.pad_token_id or 0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        return {
+            "recipe": self.recipe.digest,
+            "data": self.data.digest,
+            "model": self.loaded.digest,
+            "seed": self.recipe.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the data are what; None infers."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    model: Any,
+    data_source: Any,
+    columns: Columns | None = None,
+    ood: Mapping[str, Any] | None = None,
+    voids: Sequence[Claim] = (),
+    narrator: Narrator | None = None,
+) -> Job:
+    """Reads the data and the model, checks them, and composes the plan. Trains nothing, writes nothing.
+
+    Raises:
+        LuthierError: anything that is wrong with the data, the model or the recipe for them, all faults of each at once.
+    """
+    say = (narrator or Silent()).line
+    chosen = columns or Columns()
+    found = data.read(
+        data_source, text=chosen.text, text_pair=chosen.text_pair, label=chosen.label, seed=recipe.seed, ood=ood
+    )
+    for note in found.notes:
+        say(note)
+    decided, sentence = tasks.decide(found, recipe.task)
+    say(sentence)
+    checks.check(found, decided, metric=recipe.metric)
+    loaded = models.load(model, decided, seed=recipe.seed, max_length=recipe.max_length)
+    told = {name: lengths(loaded.tokenizer, split) for name, split in found.splits.items()}
+    warnings = [
+        *found.warnings,
+        *checks.check(found, decided, lengths=told, max_length=loaded.max_length, metric=recipe.metric),
+    ]
+    encoded = {
+        name: encode(loaded.tokenizer, split, decided.targets(split.labels or ()), max_length=loaded.max_length)
+        for name, split in found.splits.items()
+    }
+    plan = compose(recipe, skeleton(loaded.model), lengths=encoded["train"].lengths, voids=voids)
+    warnings += _measures(recipe, found)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return Job(recipe, found, decided, loaded, encoded, plan, recipe.metric or decided.metric, tuple(warnings))
+
+
+def _measures(recipe: Recipe, found: data.Data) -> list[str]:
+    if "validation" not in found.splits and any(stage.solver == "exact" for stage in recipe.stages):
+        return ["no validation split: the head's strength is chosen by cross-validation"]
+    return []

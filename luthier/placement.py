@@ -1,0 +1,135 @@
+"""Devices and processes, by way of Accelerate: where the model lives, what a step is divided into, what comes together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from luthier.core.anatomy import Anatomy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from luthier.core.claims import Claim, Place, voids
+
+
+class Placement:
+    """One process' view of all devices. With one process on a CPU it does nothing at all.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16`` for forward and backward passes.
+        compile: whether the forward pass is compiled.
+        trackers: Accelerate's names of trackers (``tensorboard``, ``wandb``, ``mlflow``, ``trackio``); none by default.
+        folder: where local trackers write.
+    """
+
+    def __init__(
+        self, *, precision: str = "fp32", compile: bool = False, trackers: Sequence[str] = (), folder: str | None = None
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        self._accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self._compile = compile
+        self.rank: int = self._accelerator.process_index
+        self.processes: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        self.main: bool = self._accelerator.is_main_process
+        self.sharded: bool = str(self._accelerator.distributed_type).endswith("FSDP")
+
+    def voids(self) -> tuple[Claim, ...]:
+        """What these surroundings do away with."""
+        return (voids(Place.WHOLE_WEIGHTS),) if self.sharded else ()
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> nn.Module:
+        """The model on its device, sharded or wrapped where there are several processes, compiled where that was asked."""
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            model.to(self.device)
+            for name in anatomy.block_names:
+                fully_shard(model.get_submodule(name))
+            fully_shard(model)
+            placed: nn.Module = model
+        elif self.processes > 1:
+            placed = self._accelerator.prepare_model(model)
+        else:
+            placed = model.to(self.device)
+        return torch.compile(placed) if self._compile else placed  # type: ignore[return-value]
+
+    def whole(self, trained: nn.Module, plain: nn.Module) -> None:
+        """Puts the weights of ``trained``, whole again where they were sharded, into ``plain``, in place."""
+        if trained is plain:
+            return
+        gathered = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in trained.state_dict().items()
+        }
+        plain.load_state_dict(gathered)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Half precision for a forward pass, where it was asked."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context if self._accelerator.mixed_precision != "no" else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of ``loss``, scaled where half precision needs it."""
+        scaler = self._accelerator.scaler
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+
+    def take(self, optimizer: Optimizer) -> None:
+        """The optimizer's step; gradients are unscaled before its hooks see them."""
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            optimizer.step()
+            return
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def waiting(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Holds gradients back from other processes until the ``last`` micro-batch of a step."""
+        if self.processes == 1 or last:
+            return nullcontext()
+        if self.sharded:
+            return nullcontext()  # each micro-batch is reduced; the sum is the same
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(model)
+        return context
+
+    def together(self, loss: Tensor) -> Tensor:
+        """The mean over processes of a scalar."""
+        if self.processes == 1:
+            return loss
+        mean: Tensor = self._accelerator.reduce(loss.detach().clone(), reduction="mean")
+        return mean
+
+    def gathered(self, mine: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other, on every process."""
+        if self.processes == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        everyone: list[Any] = gather_object(mine)
+        return everyone
+
+    def wait(self) -> None:
+        """All processes meet here."""
+        self._accelerator.wait_for_everyone()
+
+    def track(self, project: str, settings: dict[str, Any]) -> Callable[[dict[str, float], int], None]:
+        """Starts the trackers, if any; gives back the function that logs values at a step."""
+        if not self._accelerator.log_with:
+            return lambda values, step: None
+        plain = {key: value for key, value in settings.items() if isinstance(value, (str, int, float, bool))}
+        self._accelerator.init_trackers(project, config=plain)
+        return lambda values, step: self._accelerator.log(values, step=step)
+
+    def end(self) -> None:
+        """Closes the trackers."""
+        if self._accelerator.log_with:
+            self._accelerator.end_training()

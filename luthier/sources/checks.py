@@ -1,0 +1,139 @@
+"""What is wrong with the data, all of it, before step 1; and what is odd, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from luthier.errors import DataError, Fault, did_you_mean
+from luthier.sources.data import Data, Split, named_rows
+from luthier.sources.tasks import Task, label_name
+
+FEW_TO_CALIBRATE = 50  # rows of validation below which a temperature and a best step are mostly luck
+
+
+def check(
+    data: Data,
+    task: Task,
+    *,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+    max_length: int | None = None,
+    metric: str | None = None,
+) -> tuple[str, ...]:
+    """Warnings, a line each, with counts.
+
+    Args:
+        lengths: by split, each row's tokens before truncation (``text.lengths``).
+        max_length: tokens at which texts are cut; needs ``lengths``.
+        metric: the metric that a run is judged by, to see that it exists.
+    Raises:
+        DataError: every fault there is: a split without rows, an empty text, one class only in train, a label that
+            train never shows, a metric that does not exist.
+    """
+    faults = [Fault(name, "must have rows", "0") for name, split in data.splits.items() if not len(split)]
+    for name, split in data.splits.items():
+        faults += _empty(name, split.texts, data.columns.text, split)
+        faults += _empty(name, split.pairs, data.columns.text_pair, split) if split.pairs is not None else []
+    if task.kind == "classification":
+        faults += _class_faults(data, task)
+    elif len(set(data.splits["train"].labels or ())) == 1:
+        faults.append(Fault("train", "must have labels that differ", "one number in every row"))
+    if metric is not None and metric not in task.metric_names:
+        do = f"{did_you_mean(metric, task.metric_names)}  There are: {', '.join(task.metric_names)}.".strip()
+        faults.append(Fault("metric", f"must be a metric of {task.kind}", repr(metric), do))
+    if faults:
+        raise DataError.of(faults, data.source)
+    cut = {name: sum(n > max_length for n in told) for name, told in (lengths or {}).items()} if max_length else {}
+    return (
+        *_one_class(data, task),
+        *_repeated(data),
+        *truncated(cut, {name: len(split) for name, split in data.splits.items()}, max_length=max_length or 0),
+        *_small(data),
+    )
+
+
+def truncated(cut: Mapping[str, int], rows: Mapping[str, int], *, max_length: int) -> tuple[str, ...]:
+    """A line for each split with texts cut at ``max_length`` tokens.
+
+    >>> truncated({"train": 30, "test": 0}, {"train": 120, "test": 9}, max_length=128)
+    ('train: 30 of 120 texts (25.0 %) are longer than 128 tokens and are cut',)
+    """
+    return tuple(
+        f"{name}: {many} of {rows[name]} texts ({100 * many / rows[name]:.1f} %) are longer than {max_length} tokens "
+        "and are cut"
+        for name, many in cut.items()
+        if many
+    )
+
+
+def _empty(name: str, texts: Sequence[str], column: str | None, split: Split) -> list[Fault]:
+    bad = [split.rows[i] if split.rows else i + 1 for i, text in enumerate(texts) if not text.strip()]
+    if not bad:
+        return []
+    told = f"no text in {len(bad)} of {len(split)} rows"
+    return [Fault(f"{name}, {named_rows(bad)}", f"must have a text in {column!r}", told, "Fill or drop them.")]
+
+
+def _class_faults(data: Data, task: Task) -> list[Fault]:
+    faults = []
+    known = set(task.label_names)
+    if len(known) < 2:
+        told = f"only {task.label_names[0]!r}" if known else "none"
+        faults.append(Fault("train", "must have at least two classes", told, "Is this the right label column?"))
+    for name, split in data.splits.items():
+        unseen = Counter(label_name(label) for label in split.labels or ()) if name != "train" else Counter[str]()
+        for label, many in sorted(unseen.items()):
+            if label not in known:
+                like = next((f"Did you mean {each!r}?  " for each in known if _plain(each) == _plain(label)), "")
+                do = f"{like}Rename or drop these rows, or leave {name} out."
+                faults.append(Fault(name, "must only have labels that train has", f"{label!r} in {_rows(many)}", do))
+    return faults
+
+
+def _plain(label: str) -> str:
+    """A label without case, spaces and signs; likeness alone would offer 'entailment' for 'not_entailment'."""
+    return "".join(letter for letter in label.casefold() if letter.isalnum())
+
+
+def _rows(many: int) -> str:
+    return f"{many} row{'' if many == 1 else 's'}"
+
+
+def _one_class(data: Data, task: Task) -> list[str]:
+    if task.kind != "classification":
+        return []
+    only = {name: {label_name(label) for label in split.labels or ()} for name, split in data.splits.items()}
+    return [f"{name}: every row is {min(has)!r}: scores say little" for name, has in only.items() if len(has) == 1]
+
+
+def _small(data: Data) -> list[str]:
+    rows = len(data.splits.get("validation", ()))
+    few = 0 < rows < FEW_TO_CALIBRATE
+    return [f"validation: only {_rows(rows)}: what is chosen on it (a temperature) is mostly luck"] if few else []
+
+
+def _repeated(data: Data) -> list[str]:
+    """Rows that occur again within train, with another label, or in a split that is measured."""
+    train = data.splits["train"]
+    labels: dict[tuple[str, str], set[str]] = {}
+    for key, label in zip(_keys(train), train.labels or (), strict=True):
+        labels.setdefault(key, set()).add(label_name(label))
+    warnings = []
+    again = len(train) - len(labels)
+    if again:
+        warnings.append(f"train: {_rows(again)} repeat another")
+    torn = sum(len(has) > 1 for has in labels.values())
+    if torn:
+        warnings.append(f"train: {torn} text{'' if torn == 1 else 's'} with more than one label")
+    for name, split in data.splits.items():
+        leaked = sum(key in labels for key in _keys(split)) if name != "train" else 0
+        if leaked:
+            told = f"{leaked} of {_rows(len(split))} ({100 * leaked / len(split):.1f} %)"
+            warnings.append(f"{name}: {told} {'is' if leaked == 1 else 'are'} in train too: scores flatter")
+    return warnings
+
+
+def _keys(split: Split) -> list[tuple[str, str]]:
+    """What makes two rows the same: text and pair, white space at the ends aside."""
+    pairs = split.pairs or ("",) * len(split)
+    return [(text.strip(), pair.strip()) for text, pair in zip(split.texts, pairs, strict=True)]

@@ -1,0 +1,70 @@
+"""Label cells as labels: what is a number, what is nothing, and when numbers are classes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Label = str | float
+
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def as_number(cell: Any) -> int | float | None:
+    """A cell as a finite number: an int when written as one (``7``, not ``07`` or ``7.0``), else a float, else None.
+
+    >>> [as_number(cell) for cell in ("7", 7, "7.0", "1e-3", "07", "NA", True)]
+    [7, 7, 7.0, 0.001, None, None, None]
+    """
+    if isinstance(cell, bool):
+        return None
+    if isinstance(cell, (int, float)):
+        return cell if math.isfinite(cell) else None
+    if isinstance(cell, str):
+        told = cell.strip()
+        if _WHOLE.fullmatch(told):
+            return int(told)
+        if _NUMBER.fullmatch(told) and not re.fullmatch(r"0[0-9]+", told) and math.isfinite(float(told)):
+            return float(told)
+    return None
+
+
+def is_empty(cell: Any) -> bool:
+    """Whether a label cell holds nothing: None, NaN, an infinity, or white space."""
+    if isinstance(cell, str):
+        return not cell.strip()
+    return cell is None or (isinstance(cell, float) and not math.isfinite(cell))
+
+
+def as_labels(splits: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Label, ...]]:
+    """The label cells of all splits in one kind.
+
+    Strings when any cell is no number; else whole numbers when all are whole and one at least is written without a
+    point; else numbers with decimals.
+
+    Args:
+        splits: by split, cells that are not empty.
+    """
+    numbers = {name: [as_number(cell) for cell in cells] for name, cells in splits.items()}
+    every = [number for told in numbers.values() for number in told]
+    if any(number is None for number in every):
+        return {name: tuple(str(cell).strip() for cell in cells) for name, cells in splits.items()}
+    kind = int if any(isinstance(n, int) for n in every) and all(n == int(n) for n in every if n is not None) else float
+    return {name: tuple(kind(number) for number in told if number is not None) for name, told in numbers.items()}
+
+
+def are_classes(labels: Sequence[Label]) -> bool:
+    """Whether labels are read as classes: strings, or whole numbers with few distinct values.
+
+    Few: at most 20 distinct, each twice on average; or ids without gaps (0..k-1 or 1..k), k at most 1000 and at most a
+    twentieth of the rows. Numbers with decimals, and all else, are read as quantities.
+    """
+    if not all(isinstance(label, int) for label in labels):
+        return any(isinstance(label, str) for label in labels)
+    distinct = set(labels)
+    few = len(distinct) <= min(20, len(labels) / 2)
+    without_gaps = min(distinct) in (0, 1) and max(distinct) - min(distinct) + 1 == len(distinct)  # type: ignore[operator]
+    return few or (without_gaps and len(distinct) <= min(1000, len(labels) / 20))

@@ -1,0 +1,219 @@
+"""A pretrained model with a head of its own seed, and its tokenizer. Where transformers is imported for models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from luthier.core.seeds import borrowed
+from luthier.errors import Fault, ModelError, did_you_mean
+from luthier.sources.demo import model_folder
+from luthier.sources.heads import draw, names_of, outputs, same_classes
+from luthier.sources.places import is_hub_id, not_found
+from luthier.sources.tasks import Task
+
+DEFAULT_MAX_LENGTH = 512
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Hub ids from before organisations had names; all other ids have one slash, so that a mistyped folder asks nobody.
+BARE_IDS = (
+    "bert-base-uncased", "bert-base-cased", "bert-large-uncased", "bert-base-multilingual-cased", "roberta-base",
+    "roberta-large", "distilbert-base-uncased", "distilroberta-base", "albert-base-v2", "xlm-roberta-base", "gpt2",
+    "t5-small", "t5-base",
+)  # fmt: skip
+# What transformers, tokenizers and safetensors raise when a folder or an id is not what they can load.
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model ready to be planned.
+
+    Args:
+        model: in eval mode, on the CPU.
+        tokenizer: with a pad token.
+        source: what the user named.
+        digest: sha256 over the start weights, pretrained and head.
+        fresh: weights that were drawn, not loaded: the head's, as a rule.
+        max_length: tokens at which texts are cut.
+        notes: what a user should know of how it was loaded, a line each.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    digest: str
+    fresh: tuple[str, ...]
+    max_length: int
+    notes: tuple[str, ...] = ()
+
+
+def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, dtype: str = "fp32") -> Loaded:
+    """The model and tokenizer at ``source``, for ``task``.
+
+    Weights that the checkpoint lacks are drawn by the model's own rule from the stream ``head`` of ``seed``; loaded
+    weights are the same for every seed, and the global generator is as it was. A checkpoint's own head is kept when its
+    classes are the task's, else drawn anew.
+
+    Args:
+        source: a folder; a hub id; ``demo`` (a folder of that name is ``./demo``); or (model, tokenizer), taken as is.
+        max_length: tokens; None takes what tokenizer and model allow, 512 at most.
+        dtype: fp32, bf16 or fp16.
+    Raises:
+        ModelError: nothing is there, it is no model for sequence classification, or ``max_length`` is beyond it.
+        MissingExtra: ``demo`` without ``luthier[demo]``.
+    """
+    if dtype not in DTYPES:
+        fault = Fault("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype), did_you_mean(dtype, DTYPES))
+        raise _error(fault, "the model's options")
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if isinstance(source, tuple):
+        model, tokenizer = _given(source, task)
+        name = f"a {type(model).__name__} in memory"
+    else:
+        name = str(source)
+        place, local = _place(source)
+        model, tokenizer, fresh, notes = _loaded(place, task, name=name, local=local, seed=seed, dtype=DTYPES[dtype])
+    _pad(model, tokenizer, name)
+    width = _max_length(model, tokenizer, max_length, name)
+    return Loaded(model, tokenizer, name, digest(model.state_dict()), fresh, width, notes)
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
+    told = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
+
+
+def _error(fault: Fault, inside: str) -> ModelError:
+    return ModelError.of([fault], inside)  # type: ignore[return-value]
+
+
+def _place(source: str | Path) -> tuple[str, bool]:
+    """A folder on this machine (and True), or a hub id (and False)."""
+    if source == "demo":
+        return str(model_folder()), True
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            there = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "an empty folder"
+            inner = "  Did you mean its folder model/?" if (path / "model" / "config.json").exists() else ""
+            do = f"Name a folder that save_pretrained wrote.{inner}"
+            raise _error(Fault(str(source), "must have a config.json", there, do), "the model")
+        return str(path), True
+    if not path.exists() and isinstance(source, str) and (is_hub_id(source) or source in BARE_IDS):
+        return source, False
+    got = "a file" if path.exists() else "nothing there"
+    do = "Name the folder it is in." if path.exists() else did_you_mean(str(source), BARE_IDS) or not_found(str(source))
+    raise _error(Fault(str(source), "must be a model's folder, or a hub id", got, do), "the model")
+
+
+def _loaded(
+    place: str, task: Task, *, name: str, local: bool, seed: int, dtype: torch.dtype
+) -> tuple[nn.Module, Any, tuple[str, ...], tuple[str, ...]]:
+    own: dict[str, Any] = {"local_files_only": True} if local else {}
+    own["trust_remote_code"] = False
+    try:
+        with _quiet(bars=not local), borrowed(seed, "head"):
+            config = AutoConfig.from_pretrained(place, **own)
+            had = dict(config.id2label or {})
+            tokenizer = AutoTokenizer.from_pretrained(place, **own)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **names_of(task), **own
+            )
+    except _BROKEN as error:
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        do = "It needs config, weights and tokenizer, of a family that AutoModelForSequenceClassification knows."
+        raise _error(Fault(name, "must load with transformers", said.rstrip("."), do), "the model") from error
+    fresh = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    fresh &= {key for key, _ in model.named_parameters()}
+    notes = []
+    ends = set(outputs(model, task))
+    if not ends & fresh and not same_classes(had, task):
+        fresh |= ends
+        told = ", ".join(map(str, list(had.values())[:5]))
+        notes.append(f"the checkpoint's head is for other labels ({told}): a new one is drawn")
+    if not fresh:
+        notes.append("the checkpoint's head is for these labels, and is kept")
+    with borrowed(seed, "head"):
+        draw(model, fresh)
+    return model.eval(), tokenizer, tuple(key for key, _ in model.named_parameters() if key in fresh), tuple(notes)
+
+
+def _given(source: tuple[Any, ...], task: Task) -> tuple[Any, Any]:
+    """A (model, tokenizer) pair as it is; the label names are written into the model's config, in place."""
+    if len(source) != 2 or not isinstance(source[0], nn.Module) or not callable(source[1]):
+        told = ", ".join(type(each).__name__ for each in source) or "nothing"
+        raise _error(Fault("model", "must be (model, tokenizer)", told), "the model")
+    model, tokenizer = source
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "num_labels", None) != task.num_labels:
+        got = f"{getattr(config, 'num_labels', 'no config')}"
+        do = f"Load it with num_labels={task.num_labels}, or give its folder or id instead."
+        raise _error(Fault("model", f"must have {task.num_labels} outputs, one a label", got, do), "the model")
+    config.id2label, config.label2id = names_of(task)["id2label"], names_of(task)["label2id"]
+    config.problem_type = task.problem_type
+    return model, tokenizer
+
+
+def _pad(model: Any, tokenizer: Any, name: str) -> None:
+    """A pad token where tokenizer or config lacks one: the other's, else the end-of-sequence token; in place."""
+    if tokenizer.pad_token_id is None:
+        known = model.config.get_text_config().pad_token_id
+        tokenizer.pad_token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.pad_token_id is None:
+        do = "Set tokenizer.pad_token and save it beside the model."
+        raise _error(Fault(f"{name}, tokenizer", "must have a pad or an end token", "neither", do), "the model")
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model has positions for; None where any number goes (relative positions)."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from beyond the pad token
+    config = model.config.get_text_config()
+    told = getattr(config, "max_position_embeddings", None)
+    return told if isinstance(told, int) and told > 0 and not getattr(config, "relative_attention", False) else None
+
+
+def _max_length(model: Any, tokenizer: Any, asked: int | None, name: str) -> int:
+    positions = _positions(model)
+    if asked is None:
+        return min(int(tokenizer.model_max_length), positions or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
+    if asked < fewest or (positions is not None and asked > positions):
+        most = f" and at most {positions}, the positions {name} has" if positions else ""
+        raise _error(Fault("max_length", f"must be at least {fewest}{most}", str(asked)), "the model's options")
+    return asked
+
+
+@contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """No reports of newly drawn weights on the terminal, and no bars but for downloads; the levels come back."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(ERROR)
+    if shown and not bars:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

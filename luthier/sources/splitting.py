@@ -1,0 +1,71 @@
+"""Shares of a table by lot: stratified by label, and the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from luthier.sources.labels import Label
+
+FEWEST = 3  # rows a class needs to be in train, validation and test
+
+
+def quotas(sizes: Sequence[int], total: int, room: Sequence[int]) -> list[int]:
+    """``total`` places over classes in proportion to ``sizes``, none above ``room``.
+
+    Where there is room, each is within one of its exact share: the largest remainders get the places that are over, and
+    the first class wins a tie.
+
+    >>> quotas([50, 30, 20], 10, [49, 29, 19])
+    [5, 3, 2]
+    >>> quotas([5, 5, 1], 2, [4, 4, 0])
+    [1, 1, 0]
+    """
+    whole = sum(sizes)
+    exact = [size * total / whole for size in sizes]
+    taken = [min(int(share), most) for share, most in zip(exact, room, strict=True)]
+    for i in sorted(range(len(sizes)), key=lambda i: (int(exact[i]) - exact[i], i)):
+        if sum(taken) < total and taken[i] < room[i]:
+            taken[i] += 1
+    return taken
+
+
+def divide(
+    labels: Sequence[Label], shares: Mapping[str, float], *, stratify: bool, seed: int
+) -> tuple[dict[str, list[int]], tuple[str, ...]]:
+    """Row numbers (from 0, ascending) of each named share and of ``train``, which takes the rest.
+
+    Args:
+        shares: name -> fraction of the rows, in (0, 1); rounded to whole rows, at least one.
+        stratify: keep each class's share; classes of fewer than three rows stay in train whole.
+    Returns:
+        the rows of each share, and notes on what could not be stratified.
+    """
+    lot = np.random.default_rng([seed, 0x5911])
+    classes: dict[Label | None, list[int]] = {}
+    for row, label in enumerate(labels):
+        classes.setdefault(label if stratify else None, []).append(row)
+    keys = sorted(classes, key=str)
+    sizes = [len(classes[key]) for key in keys]
+    left = [lot.permutation(classes[key]).tolist() for key in keys]
+    kept = [size if stratify and size < FEWEST else 1 for size in sizes]  # rows that train keeps, whatever the shares
+    divided: dict[str, list[int]] = {}
+    for name, share in shares.items():
+        room = [max(len(rows) - least, 0) for rows, least in zip(left, kept, strict=True)]
+        taken = quotas(sizes, max(1, round(share * len(labels))), room)
+        divided[name] = sorted(row for rows, many in zip(left, taken, strict=True) for row in rows[:many])
+        left = [rows[many:] for rows, many in zip(left, taken, strict=True)]
+    divided["train"] = sorted(row for rows in left for row in rows)
+    return divided, _notes(labels, divided) if stratify else ()
+
+
+def _notes(labels: Sequence[Label], divided: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    every = set(labels)
+    notes = []
+    for name in divided:
+        absent = sorted(str(label) for label in every - {labels[row] for row in divided[name]})
+        if absent:
+            told = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            notes.append(f"{name}: no rows of {told}: too few to be in every split")
+    return tuple(notes)

@@ -1,0 +1,325 @@
+"""One stage of a run: by steps, or by solving the head. The only training loop there is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from luthier.core.anatomy import Anatomy
+from torch import Tensor, nn
+
+from luthier import frozen, head
+from luthier.core.closure import Closure
+from luthier.core.ingredient import Outputs
+from luthier.core.seeds import derive
+from luthier.errors import Fault, RunError
+from luthier.job import Job
+from luthier.narrate import Narrator
+from luthier.outputs import BATCH, logits, scores
+from luthier.placement import Placement
+from luthier.plan import StagePlan
+from luthier.quick import QuickRandom, quicken
+from luthier.run import Run
+from luthier.sources.text import collate
+
+
+@dataclass
+class Trace:
+    """What a run remembers of itself for its report; saved with every checkpoint.
+
+    Args:
+        loss: (step over the whole run, mean loss of that step).
+        rate: (step, highest learning rate).
+        validation: (step, scores).
+        starts: (step, stage's name).
+    """
+
+    loss: list[list[float]] = field(default_factory=list)
+    rate: list[list[float]] = field(default_factory=list)
+    validation: list[list[Any]] = field(default_factory=list)
+    starts: list[list[Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    movement: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the engine wants done while a stage runs.
+
+    Args:
+        save: called with the step and the run after a step; decides itself whether to write.
+        stop: whether someone asked to stop; looked at between steps.
+        log: takes values for the log and the trackers.
+    """
+
+    save: Callable[[int, Run], None]
+    stop: Callable[[], bool]
+    log: Callable[[dict[str, Any]], None]
+
+
+class Stopped(RunError):
+    """The run was asked to stop; what it had done is saved."""
+
+
+def sample_batches(job: Job, size: int = 4) -> list[dict[str, Tensor]]:
+    """The first few training rows, as two batches, for ingredients that claim them."""
+    train = job.encoded["train"]
+    chunks = [range(0, min(size, len(train))), range(min(size, len(train)), min(2 * size, len(train)))]
+    return [collate(train, list(rows), pad_id=job.pad_id) for rows in chunks if len(rows)]
+
+
+def attach(
+    job: Job, plan: StagePlan, model: nn.Module, placement: Placement, *, folder: Path | None = None
+) -> tuple[Run, TaskLoss]:
+    """A Run on the job's model, and the task's loss inside its chain. A model to be sharded is copied first."""
+    inner = TaskLoss(job, placement)
+    run = Run(
+        plan,
+        copy.deepcopy(model) if placement.sharded else model,
+        seed=job.recipe.seed,
+        loss=inner,
+        sample=sample_batches(job),
+        place=lambda live: placement.place(live, Anatomy.of(live, plan.family)),
+        folder=folder,
+    )
+    return run, inner
+
+
+class TaskLoss:
+    """The task's mean loss over a batch; reads frozen layers' outputs where they are kept."""
+
+    def __init__(self, job: Job, placement: Placement) -> None:
+        self._task, self._placement = job.task, placement
+        self.frozen: frozen.FrozenOutputs | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "rows")}
+        replay: AbstractContextManager[Any] = nullcontext()
+        if self.frozen is not None and "rows" in batch:
+            self.frozen.use(batch["rows"], inputs["input_ids"].shape[1])
+            replay = self.frozen.replayed()
+        with self._placement.autocast(), replay:
+            out = model(**inputs).logits
+        return self._task.loss(out, batch["labels"])
+
+
+def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, narrator: Narrator) -> None:
+    """Takes the steps of a stage that are left, from wherever ``run`` stands.
+
+    Raises:
+        RunError: the loss is not a number; the weights are as they were before that step.
+        Stopped: someone asked to stop.
+    """
+    plan, stream = run.plan, run.plan.stream
+    assert stream is not None
+    left = plan.steps - run.progress.step
+    quick = QuickRandom(job.recipe.seed)
+    first = trace.steps - run.progress.step  # the stage's first step, counted over the whole run
+    handle = quicken(run.model, quick) if placement.device.type == "cpu" else None
+    saved_state = torch.random.get_rng_state()
+    try:
+        with narrator.bar(plan.name, left) as bar:
+            for step, rows, last_of_epoch in steps(plan, run.progress.step):
+                begun = time.perf_counter()
+                ready = closure(job, run, placement, quick, step, rows)
+                loss = float(run.offer(ready))
+                if not math.isfinite(loss):
+                    raise _not_finite(plan, step, loss, run.model)
+                rate = max(run.rates.values())
+                run.step(placement.take)
+                trace.steps = first + step + 1
+                trace.seconds += time.perf_counter() - begun
+                trace.loss.append([trace.steps, loss])
+                trace.rate.append([trace.steps, rate])
+                hooks.log({"stage": plan.name, "step": step + 1, "loss": loss, "learning_rate": rate})
+                bar.advance(1, say=f"loss {loss:.3f}")
+                if last_of_epoch and "validation" in job.encoded:
+                    _validate(job, run, placement, trace, hooks)
+                hooks.save(step + 1, run)
+                if hooks.stop() and step + 1 < plan.steps:
+                    raise Stopped("stopped on request")
+    finally:
+        torch.random.set_rng_state(saved_state)
+        if handle is not None:
+            handle.remove()
+
+
+def keep_frozen(job: Job, run: Run, inner: TaskLoss, placement: Placement, narrator: Narrator) -> str | None:
+    """Keeps the outputs of layers that cannot change, where the plan has some, they fit in memory, and replaying them is exact.
+
+    Returns:
+        a sentence for the report, or None when nothing is frozen.
+    """
+    plan, train_rows = run.plan, job.encoded["train"]
+    blocks = frozen.frozen_blocks(run.model, plan.anatomy, plan.table.quiet_depth)
+    if not blocks or placement.processes > 1 or run.forward is not run.model:
+        return None
+    hidden = getattr(run.model.config, "hidden_size", None) or getattr(run.model.config, "d_model", 1)
+    size = frozen.bytes_needed(train_rows.lengths, int(hidden))
+    if size > frozen.LIMIT:
+        return (
+            f"the outputs of {len(blocks)} frozen blocks would take {size / 1e9:.1f} GB and are computed anew each step"
+        )
+    used = math.ceil(plan.steps * plan.stage.batch_size / max(1, len(train_rows)))
+    if used < 2:
+        return None
+
+    def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        made = collate(train_rows, rows, pad_id=job.pad_id, device=placement.device)
+        made.pop("labels", None)
+        return made
+
+    outputs = frozen.FrozenOutputs(run.model, blocks)
+    with narrator.bar(f"{plan.name}: frozen layers", len(train_rows)) as bar, _evaluating(run):
+        outputs.learn(range(len(train_rows)), train_rows.lengths, batch, size=BATCH, tick=bar.advance)
+        fits = frozen.holds(run.model, outputs, list(range(min(4, len(train_rows)))), batch)
+    if not fits:
+        return f"the outputs of {len(blocks)} frozen blocks cannot be replayed in this family and are computed anew each step"
+    inner.frozen = outputs
+    return f"the outputs of {len(blocks)} frozen blocks are computed once and kept ({size / 1e6:.0f} MB)"
+
+
+class _evaluating:
+    """Eval mode inside, the run's own training mode after."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        self._run.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self._run.train()
+
+
+def solve(
+    job: Job, plan: StagePlan, model: nn.Module, placement: Placement, trace: Trace, narrator: Narrator
+) -> list[str]:
+    """Solves the head on features that are computed once, and writes it into the model.
+
+    Returns:
+        sentences for the report.
+    """
+    begun = time.perf_counter()
+    output = plan.anatomy.output
+    assert output is not None
+    model.to(placement.device)
+    splits = [name for name in ("train", "validation") if name in job.encoded]
+    features: dict[str, Any] = {}
+    with (
+        narrator.bar(f"{plan.name}: features", sum(len(job.encoded[name]) for name in splits)) as bar,
+        frozen.read_out(model, plan.anatomy),
+    ):
+        for name in splits:
+            features[name] = logits(model, job.encoded[name], pad_id=job.pad_id, placement=placement, tick=bar.advance)
+    linear = model.get_submodule(output)
+    targets = {name: job.encoded[name].targets for name in splits}
+    held = (features["validation"], targets["validation"]) if "validation" in splits else None
+    if job.task.kind == "classification":
+        probe = head.solve_classification(
+            features["train"],
+            targets["train"],
+            classes=job.task.num_labels,
+            validation=held,
+            intercept=getattr(linear, "bias", None) is not None,
+        )
+    else:
+        probe = head.solve_regression(features["train"], targets["train"], validation=held)
+    head.write(probe, linear)
+    trace.seconds += time.perf_counter() - begun
+    notes = [
+        f"the head is solved on {len(features['train'])} rows of {features['train'].shape[1]} features, strength {probe.strength:.3g}"
+    ]
+    if not probe.converged:
+        notes.append("the solver stopped before it converged; its last head is used")
+    hidden = [part.canonical for part in plan.anatomy.parts if part.role == "head" and not part.name.startswith(output)]
+    if hidden:
+        notes.append(f"only {output} is solved; the head's other layers ({', '.join(hidden)}) keep their random start")
+    return notes
+
+
+def steps(plan: StagePlan, done: int) -> Iterator[tuple[int, list[int], bool]]:
+    """(step, rows, whether the epoch ends with it) from step ``done`` on; epochs that are over are not made again."""
+    assert plan.stream is not None
+    step, epoch = 0, 0
+    while step < plan.steps:
+        count = plan.stream.count(epoch)
+        if step + count > done:
+            batches = plan.stream.epoch(epoch)
+            for at, rows in enumerate(batches):
+                if done <= step + at < plan.steps:
+                    yield step + at, rows, at + 1 == count or step + at + 1 == plan.steps
+        step, epoch = step + count, epoch + 1
+
+
+def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: int, rows: list[int]) -> Closure:
+    """The closure of one optimizer step over ``rows``, of which this process takes its share."""
+    plan, encoded = run.plan, job.encoded["train"]
+    mine = rows[placement.rank :: placement.processes]
+    size = plan.stage.micro_batch or max(1, len(mine))
+    most = math.ceil(math.ceil(len(rows) / placement.processes) / size)  # every process takes the same number of turns
+    chunks = [mine[at : at + size] for at in range(0, len(mine), size)]
+    shares = [placement.processes * len(chunk) / len(rows) for chunk in chunks]
+    while len(chunks) < most:
+        chunks.append(rows[:1])
+        shares.append(0.0)
+    batches = []
+    for chunk in chunks:
+        batch: dict[str, Any] = dict(collate(encoded, chunk, pad_id=job.pad_id, device=placement.device))
+        batch["rows"] = chunk
+        batches.append(batch)
+
+    def before(number: int) -> None:
+        seed = derive(job.recipe.seed, "dropout", plan.index, step, number, placement.rank)
+        torch.manual_seed(seed)
+        quick.reseed(seed)
+
+    return Closure(
+        run.forward,
+        run.loss,
+        batches,
+        shares=shares,
+        before=before,
+        backward=placement.backward,
+        together=placement.together,
+        around=lambda number: placement.waiting(run.forward, last=number + 1 == len(batches)),
+    )
+
+
+def _validate(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks) -> None:
+    encoded = job.encoded["validation"]
+    out = Outputs(logits(run.forward, encoded, pad_id=job.pad_id, placement=placement), encoded.targets)
+    found = scores(job.task, out)
+    trace.validation.append([trace.steps, found])
+    hooks.log(
+        {
+            "stage": run.plan.name,
+            "step": run.progress.step,
+            **{f"validation_{name}": value for name, value in found.items()},
+        }
+    )
+
+
+def _not_finite(plan: StagePlan, step: int, loss: float, model: nn.Module) -> RunError:
+    good = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+    kept = "The weights before this step are good and are saved." if good else "The last checkpoint's weights are good."
+    fault = Fault(
+        f"{plan.name}, step {step + 1}",
+        "the loss must be a finite number",
+        str(loss),
+        f"{kept}  Try a lower learning rate, a warm-up, or clip.",
+    )
+    return NotFinite.of([fault], "the run")  # type: ignore[return-value]
+
+
+class NotFinite(RunError):
+    """The loss is not a number; the step was not taken."""
