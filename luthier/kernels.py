@@ -1,7 +1,8 @@
 """Dropout, attention and linear layers on a CPU: torch's distribution and mathematics, in less time.
 
-A mask element is one 16-bit random word compared with a threshold; attention with dropout is written out in blocks that stay in
-cache, with its backward; a linear layer goes through oneDNN, forward and backward. ``luthier.quick`` puts them to use in a model.
+A mask element is one 16-bit random word compared with a threshold; attention with dropout is written out in blocks that
+stay in cache, with its backward; a linear layer goes through oneDNN, forward and backward. ``luthier.quick`` puts them to
+use in a model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.errors import Fault, RecipeError
@@ -29,8 +31,8 @@ def drop_chance(p: float) -> float:
 class QuickRandom:
     """A stream of random 16-bit words, apart from torch's and numpy's global generators.
 
-    The stream is SFC64, keyed by a hash of the seed and the names last given to ``reseed``; a run that reseeds at every step from
-    the step's number has no other state to save.
+    The stream is SFC64, keyed by a hash of the seed and the names last given to ``reseed``; a run that reseeds at every
+    step from the step's number has no other state to save.
 
     Args:
         seed: any integer.
@@ -87,7 +89,7 @@ def dropout(x: Tensor, p: float, *, random: QuickRandom) -> Tensor:
         random: the stream the mask is drawn from.
     Raises:
         RecipeError: p is not in [0, 1].
-    Differs: torch's dropout draws p to 24 bits or more; 0.1 is 6554/65536 = 0.100006 here, in the mask and in the scale alike.
+    Differs: torch draws p more finely; 0.1 is 6554/65536 = 0.100006 here, in the mask and in the scale alike.
     """
     _check_chance(p)
     if drop_chance(p) == 0.0:
@@ -103,7 +105,7 @@ def _check_chance(p: float) -> None:
 def _plain_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keep: Tensor, scales: tuple[float, float]
 ) -> Tensor:
-    """softmax(scaling q k^T + bias) * keep * scale @ v in torch's own operations: differentiable any number of times."""
+    """softmax(scaling q k^T + bias) * keep * scale @ v in torch's own operations, differentiable at any order."""
     scores = (q * scales[0]) @ k.transpose(-1, -2)
     weights = torch.softmax(scores if bias is None else scores + bias, -1)
     return cast(Tensor, _Dropout.apply(weights, keep, scales[1])) @ v
@@ -181,7 +183,9 @@ def attention(
     causal: bool = False,
     scaling: float | None = None,
 ) -> Tensor:
-    """``dropout(softmax(scaling q k^T + mask), p) v``, as ``scaled_dot_product_attention`` has it; rows that see nothing give 0.
+    """``dropout(softmax(scaling q k^T + mask), p) v``, as ``scaled_dot_product_attention`` has it.
+
+    A row that sees nothing gives 0.
 
     Args:
         q: shape (batch, heads, rows, width), float32 or float64, on the CPU; k and v: (batch, heads, columns, width).
@@ -209,13 +213,13 @@ def attention(
 def _bias(
     mask: Tensor | None, causal: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as a term added to the scores, (batch, 1 or heads, rows or 1, columns), and the rows that see nothing, if any."""
+    """The term added to the scores, (batch, 1 or heads, rows or 1, columns), and the rows that see nothing, if any."""
     if causal:
         seen = torch.ones(shape[2:], dtype=torch.bool).tril()
-        if mask is None:
-            mask = seen
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.masked_fill(~seen, -math.inf)
         else:
-            mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+            mask = seen if mask is None else mask & seen
     if mask is None:
         return None, None
     if mask.dtype == torch.bool:
@@ -230,7 +234,7 @@ def _bias(
 
 
 def has_onednn() -> bool:
-    """Whether this torch has the oneDNN product that ``linear`` calls, and it agrees with torch's own on a small case."""
+    """Whether this torch has the oneDNN product that ``linear`` calls, and it agrees with torch's on a small case."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     x, w = torch.linspace(-1, 1, 64 * 48).view(64, 48), torch.linspace(-1, 1, 32 * 48).view(32, 48).sin()
@@ -260,7 +264,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """``x w^T + b`` by oneDNN, in float32 throughout, forward and backward; it differs from torch's product by rounding only.
+    """``x w^T + b`` by oneDNN, in float32 throughout, forward and backward; only the rounding is not torch's.
 
     Args:
         x: shape (..., inputs), float32, at least two axes; w: (outputs, inputs); b: (outputs,) or None.

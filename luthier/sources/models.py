@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from luthier.core.seeds import borrowed
-from luthier.errors import Fault, ModelError, did_you_mean
+from luthier.errors import Fault, did_you_mean
 from luthier.sources.demo import model_folder
 from luthier.sources.heads import draw, names_of, outputs, same_classes
+from luthier.sources.limits import error, max_length_of, pad
 from luthier.sources.places import is_hub_id, not_found
 from luthier.sources.tasks import Task
 
-DEFAULT_MAX_LENGTH = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Hub ids from before organisations had names; all other ids have one slash, so that a mistyped folder asks nobody.
 BARE_IDS = (
@@ -75,7 +75,7 @@ def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, d
     """
     if dtype not in DTYPES:
         fault = Fault("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype), did_you_mean(dtype, DTYPES))
-        raise _error(fault, "the model's options")
+        raise error(fault, "the model's options")
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if isinstance(source, tuple):
@@ -85,9 +85,35 @@ def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, d
         name = str(source)
         place, local = _place(source)
         model, tokenizer, fresh, notes = _loaded(place, task, name=name, local=local, seed=seed, dtype=DTYPES[dtype])
-    _pad(model, tokenizer, name)
-    width = _max_length(model, tokenizer, max_length, name)
+    pad(model, tokenizer, name)
+    width = max_length_of(model, tokenizer, max_length, name)
     return Loaded(model, tokenizer, name, digest(model.state_dict()), fresh, width, notes)
+
+
+def reload(folder: str | Path) -> nn.Module:
+    """The model that a run saved, as it is, in eval mode, on the CPU; nothing is drawn and the network is not asked.
+
+    Raises:
+        ModelError: there is no model in ``folder``, or it is torn.
+    """
+    place, _ = _place(Path(folder))
+    with _quiet(bars=False), _told(str(folder)):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            place, local_files_only=True, trust_remote_code=False
+        )
+    _align(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def reload_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer that a run saved beside its model.
+
+    Raises:
+        ModelError: there is none in ``folder``.
+    """
+    place, _ = _place(Path(folder))
+    with _quiet(bars=False), _told(str(folder)):
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:
@@ -100,10 +126,6 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
     return told.hexdigest()
 
 
-def _error(fault: Fault, inside: str) -> ModelError:
-    return ModelError.of([fault], inside)  # type: ignore[return-value]
-
-
 def _place(source: str | Path) -> tuple[str, bool]:
     """A folder on this machine (and True), or a hub id (and False)."""
     if source == "demo":
@@ -114,13 +136,13 @@ def _place(source: str | Path) -> tuple[str, bool]:
             there = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "an empty folder"
             inner = "  Did you mean its folder model/?" if (path / "model" / "config.json").exists() else ""
             do = f"Name a folder that save_pretrained wrote.{inner}"
-            raise _error(Fault(str(source), "must have a config.json", there, do), "the model")
+            raise error(Fault(str(source), "must have a config.json", there, do), "the model")
         return str(path), True
     if not path.exists() and isinstance(source, str) and (is_hub_id(source) or source in BARE_IDS):
         return source, False
     got = "a file" if path.exists() else "nothing there"
     do = "Name the folder it is in." if path.exists() else did_you_mean(str(source), BARE_IDS) or not_found(str(source))
-    raise _error(Fault(str(source), "must be a model's folder, or a hub id", got, do), "the model")
+    raise error(Fault(str(source), "must be a model's folder, or a hub id", got, do), "the model")
 
 
 def _loaded(
@@ -128,18 +150,13 @@ def _loaded(
 ) -> tuple[nn.Module, Any, tuple[str, ...], tuple[str, ...]]:
     own: dict[str, Any] = {"local_files_only": True} if local else {}
     own["trust_remote_code"] = False
-    try:
-        with _quiet(bars=not local), borrowed(seed, "head"):
-            config = AutoConfig.from_pretrained(place, **own)
-            had = dict(config.id2label or {})
-            tokenizer = AutoTokenizer.from_pretrained(place, **own)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **names_of(task), **own
-            )
-    except _BROKEN as error:
-        said = str(error).strip().split("\n")[0] or type(error).__name__
-        do = "It needs config, weights and tokenizer, of a family that AutoModelForSequenceClassification knows."
-        raise _error(Fault(name, "must load with transformers", said.rstrip("."), do), "the model") from error
+    with _told(name), _quiet(bars=not local), borrowed(seed, "head"):
+        config = AutoConfig.from_pretrained(place, **own)
+        had = dict(config.id2label or {})
+        tokenizer = AutoTokenizer.from_pretrained(place, **own)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **names_of(task), **own
+        )
     fresh = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
     fresh &= {key for key, _ in model.named_parameters()}
     notes = []
@@ -152,6 +169,7 @@ def _loaded(
         notes.append("the checkpoint's head is for these labels, and is kept")
     with borrowed(seed, "head"):
         draw(model, fresh)
+    _align(model)
     return model.eval(), tokenizer, tuple(key for key, _ in model.named_parameters() if key in fresh), tuple(notes)
 
 
@@ -159,49 +177,16 @@ def _given(source: tuple[Any, ...], task: Task) -> tuple[Any, Any]:
     """A (model, tokenizer) pair as it is; the label names are written into the model's config, in place."""
     if len(source) != 2 or not isinstance(source[0], nn.Module) or not callable(source[1]):
         told = ", ".join(type(each).__name__ for each in source) or "nothing"
-        raise _error(Fault("model", "must be (model, tokenizer)", told), "the model")
+        raise error(Fault("model", "must be (model, tokenizer)", told), "the model")
     model, tokenizer = source
     config = getattr(model, "config", None)
     if config is None or getattr(config, "num_labels", None) != task.num_labels:
         got = f"{getattr(config, 'num_labels', 'no config')}"
         do = f"Load it with num_labels={task.num_labels}, or give its folder or id instead."
-        raise _error(Fault("model", f"must have {task.num_labels} outputs, one a label", got, do), "the model")
+        raise error(Fault("model", f"must have {task.num_labels} outputs, one a label", got, do), "the model")
     config.id2label, config.label2id = names_of(task)["id2label"], names_of(task)["label2id"]
     config.problem_type = task.problem_type
     return model, tokenizer
-
-
-def _pad(model: Any, tokenizer: Any, name: str) -> None:
-    """A pad token where tokenizer or config lacks one: the other's, else the end-of-sequence token; in place."""
-    if tokenizer.pad_token_id is None:
-        known = model.config.get_text_config().pad_token_id
-        tokenizer.pad_token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
-    if tokenizer.pad_token_id is None:
-        do = "Set tokenizer.pad_token and save it beside the model."
-        raise _error(Fault(f"{name}, tokenizer", "must have a pad or an end token", "neither", do), "the model")
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def _positions(model: Any) -> int | None:
-    """How many tokens the model has positions for; None where any number goes (relative positions)."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from beyond the pad token
-    config = model.config.get_text_config()
-    told = getattr(config, "max_position_embeddings", None)
-    return told if isinstance(told, int) and told > 0 and not getattr(config, "relative_attention", False) else None
-
-
-def _max_length(model: Any, tokenizer: Any, asked: int | None, name: str) -> int:
-    positions = _positions(model)
-    if asked is None:
-        return min(int(tokenizer.model_max_length), positions or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    fewest = tokenizer.num_special_tokens_to_add(pair=True) + 2
-    if asked < fewest or (positions is not None and asked > positions):
-        most = f" and at most {positions}, the positions {name} has" if positions else ""
-        raise _error(Fault("max_length", f"must be at least {fewest}{most}", str(asked)), "the model's options")
-    return asked
 
 
 @contextmanager
@@ -217,3 +202,25 @@ def _quiet(*, bars: bool) -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What transformers raises about ``name``, as one line and what to do."""
+    try:
+        yield
+    except _BROKEN as broken:
+        said = str(broken).strip().split("\n")[0] or type(broken).__name__
+        do = "It needs config, weights and tokenizer, of a family that AutoModelForSequenceClassification knows."
+        raise error(Fault(name, "must load with transformers", said.rstrip("."), do), "the model") from broken
+
+
+def _align(model: nn.Module) -> None:
+    """Weights at addresses that are multiples of 64, in place.
+
+    A file's weights are mapped where its header ends, and CPU kernels round in another order at another alignment: the
+    same weights from two files gave logits that differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()

@@ -176,7 +176,7 @@ def decide(data: Data, task: str = "auto") -> tuple[Task, str]:
     if task == "auto":
         task = "classification" if are_classes(labels) else "regression"
         if task == "classification":
-            _refuse_free_text(data, labels)
+            _refuse_free_text(data, data.splits["train"].labels or ())
     column = f"column {data.columns.label!r}"
     if task == "regression":
         faults = [each for name, split in data.splits.items() for each in _not_numbers(name, split)]
@@ -209,7 +209,7 @@ def _not_numbers(where: str, split: Split) -> list[Fault]:
 
 
 def _refuse_free_text(data: Data, labels: Sequence[Label]) -> None:
-    """Refuses string labels that are a column of numbers with slips in it, or that hardly repeat."""
+    """Refuses string labels of train that are a column of numbers with slips in it, or that hardly repeat."""
     distinct = len(set(labels))
     if distinct <= max(20, len(labels) / 2):
         return

@@ -37,6 +37,16 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """The rows numbered ``rows``, in that order; ``truncated`` stays the whole split's."""
+        return Encoded(
+            tuple(self.input_ids[row] for row in rows),
+            None if self.type_ids is None else tuple(self.type_ids[row] for row in rows),
+            tuple(self.lengths[row] for row in rows),
+            self.truncated,
+            None if self.targets is None else self.targets[np.asarray(rows, dtype=np.int64)],
+        )
+
 
 def encode(tokenizer: Any, split: Split, targets: npt.NDArray[Any] | None = None, *, max_length: int) -> Encoded:
     """The rows of ``split`` as tokens, each row cut to ``max_length`` (the longer text of a pair first)."""

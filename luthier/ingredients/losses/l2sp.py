@@ -25,7 +25,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def distance(weight: Tensor, start: Tensor | None) -> Tensor:
-    """Half the squared distance to ``start``: ||w - w0||^2 / 2, with w0 = 0 where there is none. Its gradient is w - w0.
+    """Half the squared distance to ``start`` (or to zero): ||w - w0||^2 / 2. Its gradient is w - w0.
 
     Args:
         weight: any shape, any float type; may be sharded.

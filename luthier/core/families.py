@@ -1,0 +1,12 @@
+"""What the structural rule of ``anatomy`` cannot see: the few modules whose place in the code is not their place in the model."""
+
+from __future__ import annotations
+
+# Modules that stand beside the blocks, or after them, in the code, but feed every block: they belong to the embeddings.
+FEEDS_ALL_BLOCKS = ("rel_embeddings", "relative_attention_bias", "embeddings_project", "embedding_hidden_mapping_in")
+
+# (model_type, module inside the backbone) that belongs to the embeddings though its name is any norm's.
+EMBEDDINGS = {("deberta-v2", "encoder.LayerNorm"), ("deberta", "encoder.LayerNorm")}
+
+# Families whose blocks all use one set of weights.
+SHARED = frozenset({"albert"})

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from luthier.errors import MissingExtra, ModelError
+from luthier.sources import demo, models
+from luthier.sources.models import Loaded, load
+from luthier.sources.tasks import Classification, Regression
+from tests.tinyfolder import tiny_config, tiny_folder, tiny_tokenizer
+
+ABC = Classification(("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def with_head(path: Path, names: list[str]) -> Path:
+    """A fine-tuned checkpoint for the classes ``names``."""
+    config = tiny_config()
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    BertForSequenceClassification(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def split_weights(loaded: Loaded) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    state = loaded.model.state_dict()
+    head = {name: state[name] for name in loaded.fresh}
+    return head, {name: value for name, value in state.items() if name not in head}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_head_is_drawn_from_its_seed_and_the_body_is_the_checkpoint_s(folder: Path) -> None:
+    torch.manual_seed(1)
+    first = load(folder, ABC, seed=0)
+    torch.manual_seed(2)
+    again, other = load(folder, ABC, seed=0), load(folder, ABC, seed=1)
+    assert first.fresh == ("classifier.weight", "classifier.bias")
+    (head, body), (head_again, body_again), (head_other, body_other) = map(split_weights, (first, again, other))
+    assert same(head, head_again)
+    assert same(body, body_again)
+    assert same(body, body_other)
+    assert not torch.equal(head["classifier.weight"], head_other["classifier.weight"])
+    assert first.digest == again.digest != other.digest
+
+
+def test_the_body_is_bit_for_bit_what_was_saved(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "model.safetensors")
+    state = load(folder, ABC, seed=5).model.state_dict()
+    assert all(torch.equal(state[f"bert.{name}"], value) for name, value in saved.items())
+
+
+def test_the_head_follows_the_model_s_own_rule(tmp_path: Path) -> None:
+    # 300 x 16 draws of N(0, 0.02^2): the standard error of the deviation is 0.02 / sqrt(2 * 4800) = 0.0002; five of them.
+    task = Classification(tuple(f"c{i}" for i in range(300)))
+    head = split_weights(load(tiny_folder(tmp_path), task, seed=0))[0]
+    assert abs(head["classifier.weight"].std().item() - 0.02) < 0.001
+    assert not head["classifier.bias"].any()
+
+
+def test_the_global_generator_is_left_as_it_was(folder: Path) -> None:
+    state = torch.get_rng_state()
+    load(folder, ABC, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_label_names_and_problem_reach_the_config(folder: Path) -> None:
+    config = load(folder, ABC, seed=0).model.config
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert config.problem_type == "single_label_classification"
+    assert load(folder, Regression(), seed=0).model.config.problem_type == "regression"
+
+
+def test_what_is_loaded_saves_and_loads_with_plain_transformers(folder: Path, tmp_path: Path) -> None:
+    loaded = load(folder, ABC, seed=0)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(["good film"], return_tensors="pt")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(plain.state_dict(), loaded.model.state_dict())
+    with torch.no_grad():
+        logits = loaded.model(**batch).logits
+        assert torch.equal(
+            models.reload(tmp_path)(**models.reload_tokenizer(tmp_path)(["good film"], return_tensors="pt")).logits,
+            logits,
+        )
+        # Plain transformers may map the weights at another alignment, which moves the last bit of float32 (2^-24 = 6e-8).
+        assert torch.allclose(plain(**batch).logits, logits, rtol=1e-6, atol=1e-7)
+
+
+def test_every_weight_lies_at_a_multiple_of_64_bytes(folder: Path) -> None:
+    for model in (load(folder, ABC, seed=0).model, models.reload(with_head(folder.parent / "headed", ["a"]))):
+        assert {weight.data_ptr() % 64 for weight in (*model.parameters(), *model.buffers())} == {0}
+
+
+def test_a_folder_that_holds_no_model_cannot_be_reloaded(tmp_path: Path) -> None:
+    for again in (models.reload, models.reload_tokenizer):
+        with pytest.raises(ModelError, match="must have a config.json; got an empty folder"):
+            again(tmp_path)
+        with pytest.raises(ModelError, match="must be a model's folder"):
+            again("no-org/no-name")
+
+
+def test_a_checkpoint_s_head_is_kept_for_the_same_classes(tmp_path: Path) -> None:
+    loaded = load(with_head(tmp_path, ["a", "b", "c"]), ABC, seed=0)
+    assert loaded.fresh == ()
+    assert loaded.digest == load(tmp_path, ABC, seed=1).digest
+    assert loaded.notes == ("the checkpoint's head is for these labels, and is kept",)
+
+
+def test_nameless_classes_are_taken_for_numbers(tmp_path: Path) -> None:
+    with_head(tmp_path, ["LABEL_0", "LABEL_1"])
+    assert load(tmp_path, Classification(("0", "1")), seed=0).fresh == ()
+    assert load(tmp_path, Classification(("bad", "good")), seed=0).fresh == ("classifier.weight", "classifier.bias")
+
+
+@pytest.mark.parametrize("names", [["c", "b", "a"], ["x", "y"]])
+def test_a_head_for_other_classes_is_drawn_anew_from_the_seed(tmp_path: Path, names: list[str]) -> None:
+    with_head(tmp_path, names)
+    zero, zero_again, one = (load(tmp_path, ABC, seed=seed) for seed in (0, 0, 1))
+    assert zero.fresh == ("classifier.weight", "classifier.bias")
+    assert zero.digest == zero_again.digest != one.digest
+    assert same(split_weights(zero)[1], split_weights(one)[1])
+
+
+def test_nothing_is_written_to_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(folder, ABC, seed=0)
+    told = capfd.readouterr()
+    assert told.out + told.err == ""
+
+
+def test_no_connection_is_tried_for_a_folder_or_a_typo(folder: Path, no_network: list[Any], tmp_path: Path) -> None:
+    load(folder, ABC, seed=0)
+    load(str(folder), ABC, seed=0)
+    for typo in (
+        folder / "x",
+        "./org/name",
+        "~/org/name",
+        "bert-base-uncassed",
+        f"{tmp_path}/a",
+        "a/b/c",
+        "runs/a.bin",
+    ):
+        with pytest.raises(ModelError):
+            load(typo, ABC, seed=0)
+    assert no_network == []
+
+
+def test_a_hub_id_is_refused_in_one_line_when_offline(monkeypatch: pytest.MonkeyPatch, no_network: list[Any]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="must load with transformers") as caught:
+        load("no-such-org/no-such-model", ABC, seed=0)
+    assert len(str(caught.value).splitlines()) == 2
+    assert no_network == []
+
+
+def test_what_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"must have a config.json; got model.*Did you mean its folder model/"):
+        load(tmp_path, ABC, seed=0)
+    with pytest.raises(ModelError, match="must load with transformers"):
+        load(tmp_path / "model", ABC, seed=0)
+    with pytest.raises(ModelError, match="got a file"):
+        load(tmp_path / "model" / "config.json", ABC, seed=0)
+    with pytest.raises(ModelError, match="Did you mean 'bert-base-uncased'"):
+        load("bert-base-uncassed", ABC, seed=0)
+    with pytest.raises(ModelError, match="Did you mean 'model'"):
+        load(tmp_path / "modle", ABC, seed=0)
+
+
+def test_torn_weights_are_refused(tmp_path: Path) -> None:
+    tiny_folder(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="must load with transformers"):
+        load(tmp_path, ABC, seed=0)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    tiny_folder(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match="must know words; got special tokens only: its files are missing"):
+        load(tmp_path, ABC, seed=0)
+
+
+def test_the_length_is_the_least_of_tokenizer_model_and_512_unless_told(tmp_path: Path, folder: Path) -> None:
+    assert load(folder, ABC, seed=0).max_length == 64
+    assert load(folder, ABC, seed=0, max_length=16).max_length == 16
+    with pytest.raises(
+        ModelError, match=r"max_length  must be at least 5 and at most 64, the positions .* has; got 65"
+    ):
+        load(folder, ABC, seed=0, max_length=65)
+    with pytest.raises(ModelError, match="got 2"):
+        load(folder, ABC, seed=0, max_length=2)
+
+
+def test_roberta_loses_the_positions_before_its_first(tmp_path: Path) -> None:
+    config = RobertaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                           max_position_embeddings=20, pad_token_id=1)  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load(tmp_path, ABC, seed=0)
+    assert loaded.max_length == 18  # 20 positions, of which 0 and 1 stand for the pad token
+    with torch.no_grad():
+        loaded.model(input_ids=torch.full((1, 18), 5))
+
+
+def test_a_model_without_a_pad_token_gets_the_end_token(tmp_path: Path) -> None:
+    core = tiny_tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[SEP]").save_pretrained(tmp_path)
+    GPT2Model(GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    loaded = load(tmp_path, ABC, seed=0)
+    assert loaded.fresh == ("score.weight",)
+    assert loaded.tokenizer.pad_token == "[SEP]"
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == 3
+    assert loaded.max_length == 32
+
+
+def test_a_model_in_memory_is_taken_as_it_is_and_named(folder: Path) -> None:
+    config = tiny_config()
+    config.num_labels = 3
+    model, tokenizer = BertForSequenceClassification(config), tiny_tokenizer()
+    before = models.digest(model.state_dict())
+    loaded = load((model, tokenizer), ABC, seed=0)
+    assert (loaded.model, loaded.digest, loaded.fresh) == (model, before, ())
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert loaded.source == "a BertForSequenceClassification in memory"
+
+
+def test_a_model_in_memory_with_other_outputs_is_refused() -> None:
+    model = BertForSequenceClassification(tiny_config())
+    with pytest.raises(ModelError, match="must have 3 outputs, one a label; got 2"):
+        load((model, tiny_tokenizer()), ABC, seed=0)
+    with pytest.raises(ModelError, match="must be \\(model, tokenizer\\); got str, str"):
+        load(("a", "b"), ABC, seed=0)
+
+
+def test_half_precision_is_asked_for_by_name(folder: Path) -> None:
+    assert {weight.dtype for weight in load(folder, ABC, seed=0, dtype="bf16").model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ModelError, match=r"dtype  must be one of fp32, bf16, fp16; got 'bf17'.  Did you mean 'bf16'"):
+        load(folder, ABC, seed=0, dtype="bf17")
+
+
+def test_the_digest_sees_names_types_shapes_and_single_bits() -> None:
+    base = torch.tensor([1.0, 2.0])
+    bit = (base.view(torch.int32) ^ torch.tensor([0, 1], dtype=torch.int32)).view(torch.float32)
+    states = [
+        {"a": base},
+        {"b": base},
+        {"a": bit},
+        {"a": base.view(1, 2)},
+        {"a": base.bfloat16()},
+        {"a": torch.tensor(1.0)},
+    ]
+    assert len({models.digest(state) for state in states}) == len(states)
+    assert models.digest({"a": base, "b": bit}) == models.digest({"b": bit.clone(), "a": base.clone()})
+
+
+def test_demo_is_the_folder_of_its_package(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(models, "model_folder", lambda: folder)
+    assert load("demo", ABC, seed=0).digest == load(folder, ABC, seed=0).digest
+
+
+def test_demo_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MODEL_PACKAGE", "luthier_no_such_package")
+    with pytest.raises(MissingExtra, match=r'pip install "luthier\[demo\]"'):
+        load("demo", ABC, seed=0)
+
+
+def test_a_config_of_the_saved_folder_keeps_the_names(folder: Path, tmp_path: Path) -> None:
+    load(folder, ABC, seed=0).model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "a", "1": "b", "2": "c"}
