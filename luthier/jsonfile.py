@@ -61,7 +61,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_as(kind: type[T], told: Any, *, inside: str) -> T:
-    """The dataclass ``kind`` from plain values; None where a float is meant reads as NaN, lists where tuples are meant as tuples.
+    """The dataclass ``kind`` from plain values; for a float None reads as NaN, for a tuple a list as a tuple.
 
     Args:
         inside: the file's name, for the error.

@@ -1,8 +1,8 @@
 """Dropout, attention and linear layers on a CPU: torch's distribution and mathematics, in less time.
 
-A mask element is one 16-bit random word compared with a threshold; attention with dropout is written out in blocks that
-stay in cache, with its backward; a linear layer goes through oneDNN, forward and backward. ``luthier.quick`` puts them to
-use in a model.
+A mask element is one 16-bit random word compared with a threshold; attention with dropout is written out in blocks
+that stay in cache, with its backward; a linear layer goes through oneDNN, forward and backward. ``luthier.quick`` puts
+them to use in a model.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ def _scale(p: float) -> float:
     return 0.0 if drop_chance(p) == 1.0 else 1.0 / (1.0 - drop_chance(p))
 
 
+def _call(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
@@ -94,7 +98,7 @@ def dropout(x: Tensor, p: float, *, random: QuickRandom) -> Tensor:
     _check_chance(p)
     if drop_chance(p) == 0.0:
         return x
-    return cast(Tensor, _Dropout.apply(x, random.keep(x.shape, p), _scale(p)))
+    return _call(_Dropout, x, random.keep(x.shape, p), _scale(p))
 
 
 def _check_chance(p: float) -> None:
@@ -108,7 +112,7 @@ def _plain_attention(
     """softmax(scaling q k^T + bias) * keep * scale @ v in torch's own operations, differentiable at any order."""
     scores = (q * scales[0]) @ k.transpose(-1, -2)
     weights = torch.softmax(scores if bias is None else scores + bias, -1)
-    return cast(Tensor, _Dropout.apply(weights, keep, scales[1])) @ v
+    return _call(_Dropout, weights, keep, scales[1]) @ v
 
 
 def _flat(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -206,7 +210,7 @@ def attention(
     if bias is not None and bias.requires_grad:
         out = _plain_attention(q, k, v, bias, keep, scales)
     else:
-        out = cast(Tensor, _Attention.apply(q, k, v, bias, keep, scales))
+        out = _call(_Attention, q, k, v, bias, keep, scales)
     return out if blind is None else out.masked_fill(blind, 0.0)
 
 
@@ -245,7 +249,8 @@ def has_onednn() -> bool:
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
+    bias = None if b is None else b.contiguous()  # the operation ignores a bias's strides
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""))
 
 
 class _Linear(torch.autograd.Function):
@@ -269,4 +274,4 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Args:
         x: shape (..., inputs), float32, at least two axes; w: (outputs, inputs); b: (outputs,) or None.
     """
-    return cast(Tensor, _Linear.apply(x, w, b))
+    return _call(_Linear, x, w, b)

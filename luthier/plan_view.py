@@ -74,8 +74,9 @@ def rows_by_depth(plan: StagePlan) -> list[dict[str, Any]]:
 
 
 def signers(row: Row) -> list[str]:
-    """Who set something of this row, in order; ``stage`` when nobody did."""
-    return list(dict.fromkeys(name for _, name in row.set_by)) or ["stage"]
+    """Who set something that counts for this row, in order; ``stage`` when nobody did."""
+    counts = [name for what, name in row.set_by if row.trainable or what == "trainable"]
+    return list(dict.fromkeys(counts)) or ["stage"]
 
 
 def described(entry: Entry) -> str:
@@ -125,11 +126,7 @@ def _stage_text(plan: StagePlan) -> list[str]:
         rate = f"{told['lr']:.3g}" if told["trainable"] else "frozen"
         decay = f"{told['weight_decay']:g}" if told["trainable"] else ""
         wakes = f" from {told['wakes_at']:.0%}" if told["wakes_at"] else ""
-        who = (
-            ", ".join(told["set_by"])
-            if told["trainable"]
-            else ", ".join(name for name in told["set_by"] if name != "stage")
-        )
+        who = ", ".join(told["set_by"])
         lines.append(
             f"  {told['name']:<18}{count(told['weights']):>9}{told['tensors']:>9}{rate:>11}{decay:>8}  {who}{wakes}"[
                 :80

@@ -1,10 +1,10 @@
 """Quick training steps on a CPU: install the kernels around one model's forward, and take them out again.
 
-On a CPU torch draws dropout's mask serially, which costs as much as a large part of a small model's matrix products; and on
-AMD processors with AVX-512 its float32 products (MKL) run at half the speed of oneDNN's. ``quicken`` answers both without
+On a CPU torch draws dropout's mask serially, at the price of a large part of a small model's matrix products; and on AMD
+processors with AVX-512 its float32 products (MKL) run at half the speed of oneDNN's. ``quicken`` answers both without
 touching a module, a name or a weight: a ``TorchFunctionMode`` that is on during the model's training forward hands
-``F.dropout``, ``F.scaled_dot_product_attention`` and ``F.linear`` to ``luthier.kernels``. So every model family is served
-that calls them, in a module or plainly.
+``F.dropout``, ``F.scaled_dot_product_attention`` and ``F.linear`` to ``luthier.kernels``. So every model family is
+served that calls them, in a module or plainly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 @functools.cache
 def onednn_is_quicker() -> bool:
-    """Whether oneDNN's float32 product outruns torch's here: on an AMD processor with AVX-512, about twofold where measured.
+    """Whether oneDNN's float32 product outruns torch's here: on AMD with AVX-512 it does, twofold where measured.
 
     A rule and not a stopwatch, so that a run repeated on the same machine takes the same path and gives the same bits.
     """
@@ -44,8 +44,8 @@ def onednn_is_quicker() -> bool:
 def keep_memory() -> bool:
     """Have the C library keep freed memory for the next step instead of returning it; True where it can (glibc).
 
-    A step frees hundreds of megabytes of activations; glibc gives them back to the system and pays a page fault for every
-    4 kB at the next step. Process-wide; the process stays as large as its largest step. No computed number changes.
+    A step frees hundreds of megabytes of activations; glibc gives them back to the system and pays a page fault for
+    every 4 kB at the next step. Process-wide; the process stays as large as its largest step. No computed number changes.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -63,15 +63,15 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether the call is transformed in a way a hand-written backward does not know, or will be run again: torch's it is.
+    """Whether the call is transformed in a way a hand-written backward does not know, or will be run again.
 
-    Checkpointing runs a forward twice and restores torch's generator for the second time, not ours.
+    Checkpointing runs a forward twice, and the second time restores torch's generator, not ours.
     """
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
 
@@ -156,7 +156,7 @@ class _Mode(TorchFunctionMode):
 
 
 class _Forward:
-    """A model's forward, the mode on while it trains. It copies with its model and keeps the signature others inspect."""
+    """A model's forward, the mode on while it trains. It is copied with its model and keeps its signature."""
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         functools.update_wrapper(self, model.forward)
@@ -217,8 +217,8 @@ class Handle:
 def quicken(model: nn.Module, random: QuickRandom, *, linears: bool | None = None) -> Handle:
     """Make the model's training forward quick on the CPU, until ``Handle.remove``.
 
-    Only the instance's ``forward`` is replaced. Left to torch: evaluation mode, other devices, ``torch.func``, compilation,
-    gradient checkpointing, p = 0. Attention is served where the model calls ``scaled_dot_product_attention``.
+    Only the instance's ``forward`` is replaced. Left to torch: evaluation mode, other devices, ``torch.func``,
+    compilation, gradient checkpointing, p = 0. Attention is served where the model calls ``scaled_dot_product_attention``.
 
     Args:
         random: the stream of the masks.

@@ -40,6 +40,7 @@ class Run:
         model: the model whose weights learn, by their plain names.
         forward: what the closure calls: the model itself, or what ``place`` made of it (a data-parallel wrapper).
         optimizer: the chain of the stage's optimizer ingredients.
+        schedule: the learning rates of its groups, one step a step.
         loss: the chain of the stage's loss ingredients over the given loss.
         progress: where the stage stands.
         notes: what ingredients said.
@@ -82,7 +83,7 @@ class Run:
         self.loss = self._chain(loss)
         self.optimizer = self._optimize()
         factors = [_factor(group.schedule, plan.steps) for group in plan.table.groups()]
-        self._schedule = LambdaLR(self.optimizer, factors)
+        self.schedule = LambdaLR(self.optimizer, factors)
         self.train()
 
     def closure(self, *batches: Any) -> Closure:
@@ -102,9 +103,13 @@ class Run:
             take: how the optimizer is stepped; a gradient scaler puts itself here.
         """
         take(self.optimizer)
-        self.progress.step += 1
-        self._schedule.step()
+        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.advance()
+
+    def advance(self) -> None:
+        """Counts a step that was taken, and wakes the weights that are due; for trainers that step by themselves."""
+        self.progress.step += 1
         self._wake()
 
     def finish(self) -> Anatomy:
@@ -125,7 +130,7 @@ class Run:
         return {
             "step": self.progress.step,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "shelf": self._shelf.state_dict(),
         }
 
@@ -137,7 +142,7 @@ class Run:
         """
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-            self._schedule.load_state_dict(state["schedule"])
+            self.schedule.load_state_dict(state["schedule"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"this state is not of stage {self.plan.name!r}: {error}") from None
         self._shelf.load_state_dict(state["shelf"])

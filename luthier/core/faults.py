@@ -45,7 +45,7 @@ def _fault(found: Any, where: str, known: list[str]) -> Fault:
     if kind in _UNKNOWN:
         word = str(found["loc"][-1])
         return Fault(path, f"unknown name {word!r}", do=did_you_mean(word, known) or f"Known: {', '.join(known)}.")
-    got = "" if kind.startswith("missing") else repr(found["input"])
+    got = "" if kind.startswith("missing") or not found["loc"] else repr(found["input"])
     must = _MUST.get(kind, "").format_map({**found.get("ctx", {})}) if kind in _MUST else ""
     if kind == "value_error":
         must = str(found["ctx"]["error"])

@@ -161,7 +161,7 @@ def _loaded(
     fresh &= {key for key, _ in model.named_parameters()}
     notes = []
     ends = set(outputs(model, task))
-    if not ends & fresh and not same_classes(had, task):
+    if info["mismatched_keys"] or not (ends & fresh or same_classes(had, task)):
         fresh |= ends
         told = ", ".join(map(str, list(had.values())[:5]))
         notes.append(f"the checkpoint's head is for other labels ({told}): a new one is drawn")

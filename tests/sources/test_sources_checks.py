@@ -100,7 +100,7 @@ def test_the_same_text_with_another_pair_is_no_duplicate() -> None:
 
 
 def test_duplicates_within_train_and_their_differing_labels_are_counted() -> None:
-    # "x" three times is two repeats, with labels a, a, b: one text with more than one label. "y" twice is a third repeat.
+    # "x" three times is two repeats, with labels a, a, b: one text with two labels. "y" twice is a third repeat.
     train = Split(("x", "x", "x", "y", "y"), None, ("a", "a", "b", "b", "b"))
     assert check(Data({"train": train}, Columns("text")), AB) == (
         "train: 3 rows repeat another",

@@ -51,11 +51,11 @@ def test_what_was_inferred_is_said_with_what_was_left() -> None:
 
 def test_a_choice_by_content_says_what_else_there_was() -> None:
     table = {"blurb": LONG, "head": SHORT, "tag": CLASS, "lang": ["p", "q", "r", "s"] * 5}
-    # 'head' has two different strings, so it is few enough for a label; 'tag' as well, and the first of equals is taken.
+    # 'head' has two different strings, so it may be a label; 'tag' as well, and the first of equals is taken.
     notes = infer(table, Flags(), source="a.csv")[1]
     assert (
-        notes[0]
-        == "text: column 'blurb' (the longest strings, 31 characters on average; others: head, tag, lang; --text overrides)"
+        notes[0] == "text: column 'blurb' (the longest strings, 31 characters on average; others: head, tag, lang; "
+        "--text overrides)"
     )
     assert notes[1] == "label: column 'head' (the fewest distinct values, 2; others: tag, lang; --label overrides)"
 

@@ -7,15 +7,24 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    T5Config,
 )
+
+from transformers.utils import logging
 
 from luthier.errors import MissingExtra, ModelError
 from luthier.sources import demo, models
@@ -24,6 +33,8 @@ from luthier.sources.tasks import Classification, Regression
 from tests.tinyfolder import tiny_config, tiny_folder, tiny_tokenizer
 
 ABC = Classification(("a", "b", "c"))
+SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+         "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,7 @@ def test_the_body_is_bit_for_bit_what_was_saved(folder: Path) -> None:
 
 
 def test_the_head_follows_the_model_s_own_rule(tmp_path: Path) -> None:
-    # 300 x 16 draws of N(0, 0.02^2): the standard error of the deviation is 0.02 / sqrt(2 * 4800) = 0.0002; five of them.
+    # 300 x 16 draws of N(0, 0.02^2): the deviation's standard error is 0.02 / sqrt(2 * 4800) = 0.0002; five of them.
     task = Classification(tuple(f"c{i}" for i in range(300)))
     head = split_weights(load(tiny_folder(tmp_path), task, seed=0))[0]
     assert abs(head["classifier.weight"].std().item() - 0.02) < 0.001
@@ -108,7 +119,7 @@ def test_what_is_loaded_saves_and_loads_with_plain_transformers(folder: Path, tm
             models.reload(tmp_path)(**models.reload_tokenizer(tmp_path)(["good film"], return_tensors="pt")).logits,
             logits,
         )
-        # Plain transformers may map the weights at another alignment, which moves the last bit of float32 (2^-24 = 6e-8).
+        # Plain transformers may map weights at another alignment, which moves the last bit of float32 (2^-24 = 6e-8).
         assert torch.allclose(plain(**batch).logits, logits, rtol=1e-6, atol=1e-7)
 
 
@@ -119,7 +130,7 @@ def test_every_weight_lies_at_a_multiple_of_64_bytes(folder: Path) -> None:
 
 def test_a_folder_that_holds_no_model_cannot_be_reloaded(tmp_path: Path) -> None:
     for again in (models.reload, models.reload_tokenizer):
-        with pytest.raises(ModelError, match="must have a config.json; got an empty folder"):
+        with pytest.raises(ModelError, match=r"must have a config\.json; got an empty folder"):
             again(tmp_path)
         with pytest.raises(ModelError, match="must be a model's folder"):
             again("no-org/no-name")
@@ -145,12 +156,41 @@ def test_a_head_for_other_classes_is_drawn_anew_from_the_seed(tmp_path: Path, na
     assert zero.fresh == ("classifier.weight", "classifier.bias")
     assert zero.digest == zero_again.digest != one.digest
     assert same(split_weights(zero)[1], split_weights(one)[1])
+    assert zero.notes == (f"the checkpoint's head is for other labels ({', '.join(names)}): a new one is drawn",)
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        (DistilBertConfig(vocab_size=30, dim=16, n_layers=1, n_heads=2, hidden_dim=32), "pre_classifier.weight"),
+        (DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"]), "pooler.dense.weight"),
+        (
+            ModernBertConfig(**SMALL, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3),
+            "head.dense.weight",
+        ),
+        (
+            T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
+            "classification_head.dense.bias",
+        ),
+        (LlamaConfig(**SMALL, num_key_value_heads=2), "score.weight"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_heads_of_other_families_are_drawn_from_the_seed(tmp_path: Path, config: PreTrainedConfig, head: str) -> None:
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    zero, zero_again, one = (load(tmp_path, ABC, seed=seed) for seed in (0, 0, 1))
+    assert head in zero.fresh
+    assert zero.digest == zero_again.digest != one.digest
+    assert same(split_weights(zero)[1], split_weights(one)[1])
 
 
 def test_nothing_is_written_to_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load(folder, ABC, seed=0)
     told = capfd.readouterr()
     assert told.out + told.err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def test_no_connection_is_tried_for_a_folder_or_a_typo(folder: Path, no_network: list[Any], tmp_path: Path) -> None:
@@ -181,7 +221,7 @@ def test_a_hub_id_is_refused_in_one_line_when_offline(monkeypatch: pytest.Monkey
 def test_what_is_no_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"must have a config.json; got model.*Did you mean its folder model/"):
+    with pytest.raises(ModelError, match=r"must have a config\.json; got model.*Did you mean its folder model/"):
         load(tmp_path, ABC, seed=0)
     with pytest.raises(ModelError, match="must load with transformers"):
         load(tmp_path / "model", ABC, seed=0)
@@ -221,8 +261,7 @@ def test_the_length_is_the_least_of_tokenizer_model_and_512_unless_told(tmp_path
 
 
 def test_roberta_loses_the_positions_before_its_first(tmp_path: Path) -> None:
-    config = RobertaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                           max_position_embeddings=20, pad_token_id=1)  # fmt: skip
+    config = RobertaConfig(**{**SMALL, "pad_token_id": 1}, max_position_embeddings=20)
     RobertaModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     loaded = load(tmp_path, ABC, seed=0)

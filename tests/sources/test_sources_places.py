@@ -21,8 +21,9 @@ def test_an_organisation_and_a_name_are_a_hub_id(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["name", "data.csv", "dir/data.csv", "dir/data.jsonl.gz", "./org/name", "/org/name", "~/name", "a/b/c", "a/", "/a", "",
-               "../a", "org/na me", "C:/x"],
+    "source",
+    ["name", "data.csv", "dir/data.csv", "dir/data.jsonl.gz", "./org/name", "/org/name", "~/name", "a/b/c", "a/", "/a", "",
+     "../a", "org/na me", "C:/x"],
 )  # fmt: skip
 def test_all_else_is_a_path(source: str) -> None:
     assert not is_hub_id(source)
@@ -82,11 +83,12 @@ def test_what_the_hub_says_comes_back_as_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no route\nand a long tail")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="org/name  must be a data set on the hub; got no route."):
+    with pytest.raises(DataError, match=r"org/name  must be a data set on the hub; got no route\."):
         read("org/name")
 
 
 def test_reading_data_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, luthier.sources.data, luthier.sources.demo; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'datasets', 'pandas'}"
+    code = f"import sys, luthier.sources.data, luthier.sources.demo; print({heavy} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "set()"

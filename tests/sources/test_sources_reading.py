@@ -14,7 +14,7 @@ from luthier.sources.columns import Columns
 from luthier.sources.data import read, read_unlabelled
 from luthier.sources.tables import read_table
 
-# Everything that a careless reader loses: a separator, quotes, a line break, U+2028, words that pandas takes for nothing.
+# What a careless reader loses: a separator, quotes, a line break, U+2028, words that pandas takes for nothing.
 TEXTS = [
     'a, "quoted" word',
     "two\nlines",

@@ -41,8 +41,8 @@ class Written:
 
 
 def test_a_batch_is_as_large_as_the_budget_allows() -> None:
-    # Rows of 2, 3, 4, 5 tokens and a budget of 9: 2 and 3 make 2 x 3 = 6; with the 4 it would be 3 x 4 = 12 > 9, so 4 opens
-    # the next batch; with the 5 that would be 2 x 5 = 10 > 9, so 5 stands alone.
+    # Rows of 2, 3, 4, 5 tokens and a budget of 9: 2 and 3 make 2 x 3 = 6; with the 4 it would be 3 x 4 = 12 > 9, so 4
+    # opens the next batch; with the 5 that would be 2 x 5 = 10 > 9, so 5 stands alone.
     assert filled([0, 1, 2, 3], (2, 3, 4, 5), 9) == [[0, 1], [2], [3]]
     # A budget of 12 takes the first three: 3 x 4 = 12, exactly.
     assert filled([0, 1, 2, 3], (2, 3, 4, 5), 12) == [[0, 1, 2], [3]]
@@ -54,8 +54,8 @@ def test_a_row_over_the_budget_makes_a_batch_of_its_own_and_the_next_one_starts_
 
 
 def test_sorting_a_window_takes_the_padding_away() -> None:
-    # The card's example. As written, each batch pads a short row to 10: 2 x (2 x 10) = 40 tokens for 24 real ones. Sorted in
-    # one window of two batches: 2 x 2 + 2 x 10 = 24.
+    # The card's example. As written, each batch pads a short row to 10: 2 x (2 x 10) = 40 tokens for 24 real ones.
+    # Sorted in one window of two batches: 2 x 2 + 2 x 10 = 24.
     stream = Written((2, 10, 2, 10), 2, ((0, 1), (2, 3)))
     assert padded(stream.epoch(0), stream.lengths) == 40
     made = Lengths(window=2).batches(stream, context())
@@ -64,8 +64,8 @@ def test_sorting_a_window_takes_the_padding_away() -> None:
 
 
 def test_windows_are_sorted_apart() -> None:
-    # Rows 0 to 3 have 8, 1, 7, 4 tokens and give {1, 3} and {2, 0}; rows 4 to 7 have 6, 2, 5, 3 and give {5, 7} and {6, 4}.
-    # In one window of four batches the two shortest, rows 1 and 5, come together.
+    # Rows 0 to 3 have 8, 1, 7, 4 tokens and give {1, 3} and {2, 0}; rows 4 to 7 have 6, 2, 5, 3 and give {5, 7} and
+    # {6, 4}. In one window of four batches the two shortest, rows 1 and 5, come together.
     stream = Written((8, 1, 7, 4, 6, 2, 5, 3), 2, ((0, 1), (2, 3), (4, 5), (6, 7)))
     narrow = Lengths(window=2).batches(stream, context()).epoch(0)
     assert sorted(map(tuple, narrow)) == [(1, 3), (2, 0), (5, 7), (6, 4)]
@@ -143,8 +143,8 @@ def test_the_global_generator_is_not_drawn_from() -> None:
 
 
 def test_the_windows_hold_the_rows_that_transformers_puts_together() -> None:
-    # transformers draws the permutation that our inner stream draws, sorts windows of 5 x 4 rows and cuts them. It then swaps
-    # the longest row to the very front, which changes nothing here: the row that comes first is the longest.
+    # transformers draws the permutation that our inner stream draws, sorts windows of 5 x 4 rows and cuts them. It then
+    # swaps the longest row to the very front; that changes nothing here, as the first window holds it.
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     order = [row for batch in Shuffled((1,) * 40, 4, 11).epoch(0) for row in batch]
