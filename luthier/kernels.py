@@ -20,7 +20,7 @@ from torch import Tensor
 from luthier.errors import Fault, RecipeError
 
 _WORDS = 1 << 16  # a chance is a whole number of 65536ths
-_BLOCK = 1 << 18  # attention scores worked on at once: 1 MB of float32, about one core's second-level cache
+_BLOCK = 1 << 19  # attention scores worked on at once: 2 MB of float32, about the second-level cache of two cores
 
 
 def drop_chance(p: float) -> float:
@@ -239,7 +239,7 @@ def _bias(
 
 def has_onednn() -> bool:
     """Whether this torch has the oneDNN product that ``linear`` calls, and it agrees with torch's on a small case."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     x, w = torch.linspace(-1, 1, 64 * 48).view(64, 48), torch.linspace(-1, 1, 32 * 48).view(32, 48).sin()
     try:

@@ -1,6 +1,6 @@
 """Quick training steps on a CPU: install the kernels around one model's forward, and take them out again.
 
-On a CPU torch draws dropout's mask serially, at the price of a large part of a small model's matrix products; and on AMD
+On a CPU torch draws dropout's mask serially, at the price of many of a small model's matrix products; and on AMD
 processors with AVX-512 its float32 products (MKL) run at half the speed of oneDNN's. ``quicken`` answers both without
 touching a module, a name or a weight: a ``TorchFunctionMode`` that is on during the model's training forward hands
 ``F.dropout``, ``F.scaled_dot_product_attention`` and ``F.linear`` to ``luthier.kernels``. So every model family is
@@ -45,7 +45,7 @@ def keep_memory() -> bool:
     """Have the C library keep freed memory for the next step instead of returning it; True where it can (glibc).
 
     A step frees hundreds of megabytes of activations; glibc gives them back to the system and pays a page fault for
-    every 4 kB at the next step. Process-wide; the process stays as large as its largest step. No computed number changes.
+    every 4 kB at the next step. Process-wide; the process stays as large as its largest step. No number changes.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -218,7 +218,7 @@ def quicken(model: nn.Module, random: QuickRandom, *, linears: bool | None = Non
     """Make the model's training forward quick on the CPU, until ``Handle.remove``.
 
     Only the instance's ``forward`` is replaced. Left to torch: evaluation mode, other devices, ``torch.func``,
-    compilation, gradient checkpointing, p = 0. Attention is served where the model calls ``scaled_dot_product_attention``.
+    compilation, gradient checkpointing, p = 0. Attention is served where it is ``scaled_dot_product_attention``.
 
     Args:
         random: the stream of the masks.

@@ -233,7 +233,9 @@ def solve(
             intercept=getattr(linear, "bias", None) is not None,
         )
     else:
-        probe = head.solve_regression(features["train"], targets["train"], validation=held)
+        probe = head.solve_regression(
+            features["train"], targets["train"], validation=held, intercept=getattr(linear, "bias", None) is not None
+        )
     head.write(probe, linear)
     trace.seconds += time.perf_counter() - begun
     notes = [

@@ -156,7 +156,7 @@ def _kind(source: Any) -> str:
 
 def _hub(source: str) -> Gathered:
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise MissingExtra(f'{source} is on the hub, which needs datasets.  pip install "luthier[data]"') from error
     repository, _, config = source.partition(":")

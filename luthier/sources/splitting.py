@@ -14,8 +14,8 @@ FEWEST = 3  # rows a class needs to be in train, validation and test
 def quotas(sizes: Sequence[int], total: int, room: Sequence[int]) -> list[int]:
     """``total`` places over classes in proportion to ``sizes``, none above ``room``.
 
-    Where there is room, each is within one of its exact share: the largest remainders get the places that are over, and
-    the first class wins a tie.
+    Where there is room, each is within one of its exact share: a place that is over goes to the class furthest below
+    its own, the first in a tie.
 
     >>> quotas([50, 30, 20], 10, [49, 29, 19])
     [5, 3, 2]
@@ -25,9 +25,9 @@ def quotas(sizes: Sequence[int], total: int, room: Sequence[int]) -> list[int]:
     whole = sum(sizes)
     exact = [size * total / whole for size in sizes]
     taken = [min(int(share), most) for share, most in zip(exact, room, strict=True)]
-    for i in sorted(range(len(sizes)), key=lambda i: (int(exact[i]) - exact[i], i)):
-        if sum(taken) < total and taken[i] < room[i]:
-            taken[i] += 1
+    for _ in range(min(total, sum(room)) - sum(taken)):
+        open_ = [i for i in range(len(sizes)) if taken[i] < room[i]]
+        taken[min(open_, key=lambda i: (taken[i] - exact[i], i))] += 1
     return taken
 
 

@@ -187,8 +187,8 @@ def plain(cell: Any) -> Any:
 
 def _parquet(data: bytes, name: str) -> Table:
     try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtra(f'{name} is a parquet file, which needs pyarrow.  pip install "luthier[data]"') from error
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from logging import Handler, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from transformers import (
     RobertaModel,
     T5Config,
 )
-
 from transformers.utils import logging
 
 from luthier.errors import MissingExtra, ModelError
@@ -186,10 +186,20 @@ def test_heads_of_other_families_are_drawn_from_the_seed(tmp_path: Path, config:
 
 
 def test_nothing_is_written_to_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither bars, which go to stderr, nor reports, which go to a handler that was bound before the test."""
+    records: list[LogRecord] = []
+    spy = Handler()
+    spy.emit = records.append  # type: ignore[method-assign]
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load(folder, ABC, seed=0)
+    logging.add_handler(spy)
+    try:
+        load(folder, ABC, seed=0)
+        models.reload(with_head(folder.parent / "quiet", ["a"]))
+    finally:
+        logging.remove_handler(spy)
     told = capfd.readouterr()
-    assert told.out + told.err == ""
+    assert [record.getMessage() for record in records] == []
+    assert "Loading" not in told.out + told.err
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 

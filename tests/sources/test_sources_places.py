@@ -22,8 +22,8 @@ def test_an_organisation_and_a_name_are_a_hub_id(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["name", "data.csv", "dir/data.csv", "dir/data.jsonl.gz", "./org/name", "/org/name", "~/name", "a/b/c", "a/", "/a", "",
-     "../a", "org/na me", "C:/x"],
+    ["name", "data.csv", "dir/data.csv", "dir/data.jsonl.gz", "./org/name", "/org/name", "~/name", "a/b/c", "a/", "/a",
+     "", "../a", "org/na me", "C:/x"],
 )  # fmt: skip
 def test_all_else_is_a_path(source: str) -> None:
     assert not is_hub_id(source)

@@ -55,6 +55,13 @@ def test_a_class_too_rare_for_three_splits_stays_in_train_and_is_said() -> None:
     assert "test: no rows of rare: too few to be in every split" in data.notes
 
 
+def test_classes_of_two_rows_stay_whole_even_when_they_are_many() -> None:
+    # 25 classes of 2 and one of 50: by share alone each rare one has 0.2 of a place, and the first five would get one.
+    data = read(frame(["common"] * 50 + [f"rare {i}" for i in range(25)] * 2))
+    assert set(data.splits["validation"].labels or ()) == set(data.splits["test"].labels or ()) == {"common"}
+    assert len(data.splits["validation"]) == 10
+
+
 def test_rows_remember_their_place_in_the_source() -> None:
     data = read(frame(["a", "b"] * 20))
     told = {text: row for split in data.splits.values() for text, row in zip(split.texts, split.rows, strict=True)}

@@ -12,7 +12,7 @@ import numpy as np
 from luthier.core.claims import Claim, Place, owns
 from luthier.core.context import Context
 from luthier.core.ingredient import Findings, Ingredient, Outputs, ingredient
-from luthier.core.scores import fit_temperature
+from luthier.core.scores import HIGHEST, LOWEST, fit_temperature
 
 FEW = 50
 
@@ -22,8 +22,8 @@ class Temperature(Ingredient):
     """Divides the logits by the T that minimises the mean cross-entropy of the validation rows.
 
     Which class wins never changes. Only the split ``validation`` is read. Regression, and runs without that split, are
-    left alone, with a note. When no finite T is best (such as when every validation row is right), predictions are left
-    as they are.
+    left alone, with a note. When the best T lies outside what is searched (such as when every validation row is right),
+    predictions are left as they are.
     """
 
     def touches(self) -> tuple[Claim, ...]:
@@ -41,7 +41,7 @@ class Temperature(Ingredient):
         values = {"temperature": fit.value, "nll_before": fit.nll_before, "nll_after": fit.nll_after}
         if fit.at_bound:
             why = "every row is right, or they are no better than chance"
-            note = f"no finite temperature is best on the validation rows ({why}), so none is used."
+            note = f"the best temperature lies outside {LOWEST:g} to {HIGHEST:g} ({why}), so none is used."
             return Findings(values, notes=(note,))
         rows = len(split.targets)
         few = f"the temperature is fitted on {rows} validation rows; with fewer than {FEW} it may not help on new ones."

@@ -143,8 +143,8 @@ def test_the_running_average_is_the_mean(values: list[float]) -> None:
 
 
 def test_bf16_weights_are_averaged_in_single_precision() -> None:
-    # The neighbour of 1 in bf16 is 1 + 1/128. 750 of 1000 snapshots stand there: the mean is 1 + 3/512, which bf16 rounds
-    # to 1 + 1/128. Averaged in bf16, the first 1 would stay for ever: each move is at most 1/256, which rounds back to 1.
+    # The neighbour of 1 in bf16 is 1 + 1/128. 750 of 1000 snapshots stand there: the mean is 1 + 3/512, which bf16
+    # rounds to 1 + 1/128. Averaged in bf16 the first 1 would stay: each move is at most 1/256, which rounds back to 1.
     values = [1.0 + (step % 4 != 0) / 128 for step in range(1000)]
     model = Weight(torch.zeros(1, dtype=torch.bfloat16))
     swa = SWA(start=1e-6)

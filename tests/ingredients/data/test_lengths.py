@@ -181,6 +181,14 @@ def test_a_row_over_the_budget_is_told() -> None:
     assert note.startswith("2 rows have more tokens than lengths.max_tokens = 10 (the longest 30)")
 
 
+@pytest.mark.parametrize(("window", "percent"), [(1, 46), (5, 16), (50, 3)])
+def test_wider_windows_leave_less_padding(window: int, percent: int) -> None:
+    # The card's numbers: each length from 1 to 128 eight times, in batches of 16.
+    lengths = tuple(range(1, 129)) * 8
+    stream = Lengths(window=window).batches(Shuffled(lengths, 16, 0), context(seed=0))
+    assert round(100 * (1 - sum(lengths) / padded(stream.epoch(0), lengths))) == percent
+
+
 def test_batches_of_like_length_do_not_come_in_the_order_of_their_length() -> None:
     lengths = tuple(range(1, 201))
     batches = Lengths(window=50).batches(Shuffled(lengths, 4, 0), context()).epoch(0)

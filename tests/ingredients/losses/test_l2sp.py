@@ -152,7 +152,7 @@ def test_the_gradient_is_the_difference(values: list[float], start: float) -> No
 
 
 def test_half_precision_weights_are_measured_in_single_precision() -> None:
-    # 4096 differences of 1/128 make 4096 / 128^2 / 2 = 1/8; summed in bf16 they would stop growing at 256 times one of them.
+    # 4096 differences of 1/128 make 4096 / 128^2 / 2 = 1/8; summed in bf16 they would stop growing at 256 of them.
     weight = torch.full((4096,), 1 + 1 / 128, dtype=torch.bfloat16, requires_grad=True)
     found = distance(weight, torch.ones(4096, dtype=torch.bfloat16))
     assert found.dtype == torch.float32

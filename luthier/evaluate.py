@@ -1,0 +1,100 @@
+"""Metrics of a split: what report.json holds, and what the page draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from luthier.core.scores import Array, Bin, brier, ece, nll, reliability, softmax
+from luthier.errors import DataError, Fault
+
+__all__ = ["HIGHER_IS_BETTER", "Bin", "classification", "confusion", "mistakes", "regression", "reliability"]
+
+HIGHER_IS_BETTER = {
+    "accuracy": True,
+    "f1_macro": True,
+    "nll": False,
+    "brier": False,
+    "ece": False,
+    "rmse": False,
+    "mae": False,
+    "pearson": True,
+    "spearman": True,
+}
+
+
+def classification(logits: Array, labels: Array) -> dict[str, Any]:
+    """accuracy, f1_macro, nll (nats), brier, ece (15 equal-width bins) and n.
+
+    Args:
+        logits: shape (n, k), unnormalised.
+        labels: shape (n,), class numbers below k.
+    Raises:
+        DataError: no rows, or the shapes disagree.
+    Differs: f1_macro is the mean over the classes that occur in labels or predictions, a class without true positives counting 0,
+        as in sklearn.metrics.f1_score(average="macro").
+    """
+    _agree(logits, labels)
+    found = np.asarray(logits).argmax(axis=1)
+    return {
+        "accuracy": float((found == labels).mean()),
+        "f1_macro": f1_macro(found, labels),
+        "nll": nll(logits, labels),
+        "brier": brier(logits, labels),
+        "ece": ece(logits, labels),
+        "n": len(labels),
+    }
+
+
+def f1_macro(found: Array, labels: Array) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN)."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, found, average="macro", zero_division=0.0))
+
+
+def regression(predictions: Array, targets: Array) -> dict[str, Any]:
+    """rmse and mae (in the target's unit), pearson, spearman, n.
+
+    Args:
+        predictions, targets: shape (n,).
+    Returns:
+        a correlation is None where one side is constant: it is not defined there.
+    Raises:
+        DataError: no rows, or the shapes disagree.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    _agree(predictions, targets)
+    gap = np.asarray(predictions, dtype=np.float64) - np.asarray(targets, dtype=np.float64)
+    constant = len(targets) < 2 or np.ptp(predictions) == 0 or np.ptp(targets) == 0
+    return {
+        "rmse": math.sqrt(float(np.square(gap).mean())),
+        "mae": float(np.abs(gap).mean()),
+        "pearson": None if constant else float(pearsonr(predictions, targets).statistic),
+        "spearman": None if constant else float(spearmanr(predictions, targets).statistic),
+        "n": len(targets),
+    }
+
+
+def confusion(logits: Array, labels: Array) -> Array:
+    """Counts, shape (k, k): rows are the true classes, columns the predicted."""
+    classes = np.asarray(logits).shape[1]
+    pairs = np.asarray(labels) * classes + np.asarray(logits).argmax(axis=1)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def mistakes(logits: Array, labels: Array, *, most: int = 20) -> list[int]:
+    """Rows that are wrong, the most confident first; among equals the earlier."""
+    likely = softmax(logits)
+    wrong = np.flatnonzero(likely.argmax(axis=1) != labels)
+    order = np.argsort(-likely[wrong].max(axis=1), kind="stable")
+    return [int(row) for row in wrong[order][:most]]
+
+
+def _agree(outputs: Array, targets: Array) -> None:
+    if not len(targets) or len(outputs) != len(targets):
+        must = "must have one output for each of at least one target"
+        raise DataError.of([Fault("a split", must, f"{len(outputs)} outputs and {len(targets)} targets")], "evaluation")

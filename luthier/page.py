@@ -1,0 +1,119 @@
+"""The report as one HTML page: no script, no network, opens from a mail or a USB stick, prints on one or two sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from luthier import page_tables, page_words, plots
+from luthier.jsonfile import write_whole
+from luthier.report import Report
+from luthier.svg import clipped
+from luthier.units import count, duration, size
+
+TEXT_LETTERS = 280  # of a mistake's text
+SHOWN_SPLITS = 3  # with a confusion matrix and reliability diagrams
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An SVG and the sentence under it."""
+
+    svg: str
+    caption: str
+
+
+def render(report: Report) -> str:
+    """The page; the same text for the same report."""
+    template = _environment().get_template("page.html.j2")
+    splits = _splits(report)
+    return template.render(
+        report=report,
+        cards=page_words.cards(report),
+        sentences=page_words.sentences(report),
+        scores=page_tables.scores(report),
+        calibration=page_words.calibration_name(report),
+        curves=_curves(report),
+        movement=_movement(report),
+        confusions=page_tables.confusions(report, splits),
+        reliability=_reliability(report, splits),
+        scatter=plots.scatter(report.scatter) if report.scatter else None,
+        plans=page_tables.plans(report.plan),
+    )
+
+
+def save(report: Report, folder: str | Path) -> Path:
+    """Writes report.html into ``folder``, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written; what stood there is untouched.
+    """
+    path = Path(folder) / "report.html"
+    write_whole(path, render(report))
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=count, size=size, duration=duration, clipped=_clipped, split=page_words.split_title)
+    return environment
+
+
+def _clipped(text: Any, most: int = TEXT_LETTERS) -> str:
+    return clipped(str(text), most)
+
+
+def _splits(report: Report) -> list[str]:
+    """Which splits have pictures: the one that counts, then shifted tests."""
+    return [split for split in report.splits if split == report.shown or split.startswith("ood_")][:SHOWN_SPLITS]
+
+
+def _curves(report: Report) -> list[Figure]:
+    curves = {name: report.curves.get(name, []) for name in ("loss", "learning_rate", "validation", "stage_starts")}
+    if not curves["loss"]:
+        return []
+    unit = "nats" if report.task == "classification" else ""
+    told = "The training loss of each step, its moving average, and the loss on validation."
+    found = [Figure(plots.loss(curves, unit=unit), told)]
+    name = page_words.title(report.metric)
+    measured = plots.validation(curves, metric=report.metric, title=name)
+    if measured:
+        found.append(Figure(measured, f"The {name} on validation while training."))
+    if curves["learning_rate"]:
+        found.append(Figure(plots.rate(curves), "The learning rate of the fastest weights."))
+    return found
+
+
+def _movement(report: Report) -> Figure | None:
+    moved = [row for row in report.movement if row.relative > 0]
+    if not moved:
+        return None
+    most, least = max(moved, key=lambda row: row.relative), min(moved, key=lambda row: row.relative)
+    told = f"The {most.name} moved most, in {most.stage}: {100 * most.relative:.2g} % of its norm."
+    if least != most:
+        told += f" Of what moved, {least.name} in {least.stage} moved least: {100 * least.relative:.2g} %."
+    told += " No bar: did not move."
+    return Figure(plots.movement(report.movement), told)
+
+
+def _reliability(report: Report, splits: list[str]) -> list[Figure]:
+    found = []
+    for at, split in enumerate(splits):
+        bins = report.reliability.get(split, {})
+        where = split_title = page_words.split_title(split)
+        for when, scores in (("before", report.splits), ("after", page_tables.flat(report.calibrated))):
+            if not bins.get(when):
+                continue
+            how = "as trained" if when == "before" else f"after {page_words.calibration_name(report)}"
+            ece = page_words.shown("ece", scores.get(split, {}).get("ece"))
+            svg = plots.reliability(bins[when], title=f"{where}, {how}: ECE {ece}", name=f"reliability-{at}-{when}")
+            found.append(Figure(svg, f"{split_title}, {how}."))
+    return found

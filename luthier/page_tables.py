@@ -1,0 +1,149 @@
+"""The tables of the report page as rows that a template only has to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.page_words import TITLES, shown, split_title, title
+from luthier.report import Report, flat
+
+MOST_CLASSES = 25  # in a confusion matrix
+MOST_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by split. ``columns`` are (title, whether calibration changes it); ``rows`` are (split, rows, values)."""
+
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+def scores(report: Report) -> Scores:
+    """A row for each split; a metric has a second value, after calibration, where that changes it anywhere."""
+    before, after = report.splits, flat(report.calibrated)
+    named = list(dict.fromkeys(name for told in before.values() for name in told if name != "n"))
+    named.sort(key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
+    changed = {
+        name: any(shown(name, told.get(name)) != shown(name, before[split].get(name)) for split, told in after.items())
+        for name in named
+    }
+    rows = []
+    for split, told in before.items():
+        values: list[str] = []
+        for name in named:
+            values.append(shown(name, told.get(name)))
+            if changed[name]:
+                values.append(shown(name, after.get(split, {}).get(name)))
+        rows.append((split_title(split), f"{told['n']:,}" if told.get("n") else "–", tuple(values)))
+    return Scores(tuple((title(name), changed[name]) for name in named), tuple(rows))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of one split: all of them (``rows``: label, cells of count and share of the row), or the worst pairs only.
+
+    ``pairs`` are (true, predicted, count, share of the true class's rows).
+    """
+
+    split: str
+    rows: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
+    pairs: tuple[tuple[str, str, int, float], ...]
+
+
+def confusions(report: Report, splits: Sequence[str]) -> list[Confusion]:
+    return [_confusion(report, split) for split in splits if report.confusion.get(split)]
+
+
+def _confusion(report: Report, split: str) -> Confusion:
+    counts: list[list[int]] = report.confusion[split]
+    names = report.labels if len(report.labels) == len(counts) else [str(at) for at in range(len(counts))]
+    sums = [max(1, sum(row)) for row in counts]
+    if len(counts) <= MOST_CLASSES:
+        cells = [tuple((count, count / total) for count in row) for row, total in zip(counts, sums, strict=True)]
+        return Confusion(split_title(split), tuple(zip(names, cells, strict=True)), ())
+    wrong = [
+        (names[true], names[guess], count, count / sums[true])
+        for true, row in enumerate(counts)
+        for guess, count in enumerate(row)
+        if count and guess != true
+    ]
+    wrong.sort(key=lambda pair: (-pair[2], -pair[3], pair[0], pair[1]))
+    return Confusion(split_title(split), (), tuple(wrong[:MOST_PAIRS]))
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """How one depth, or several blocks alike, learns. ``share`` is its rate over the stage's highest."""
+
+    name: str
+    weights: int
+    rate: str
+    share: float
+    decay: str
+    set_by: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The plan of one stage as the page shows it."""
+
+    name: str
+    about: str
+    ingredients: tuple[str, ...]
+    rows: tuple[DepthRow, ...]
+    memory: Mapping[str, int]
+
+
+def plans(plan: Mapping[str, Any]) -> list[StagePlan]:
+    """The stages of a plan that say who learns how fast; a plan of another shape gives none."""
+    told = []
+    for stage in plan.get("stages", ()):
+        rows = stage.get("rows_by_depth")
+        if rows:
+            parts = {name: stage.get("memory", {}).get(name) for name in _PARTS}
+            memory = {name: size for name, size in parts.items() if size is not None}
+            words = tuple(stage.get("ingredients", ()))
+            told.append(StagePlan(stage["name"], _about(stage), words, tuple(_depths(rows)), memory))
+    return told
+
+
+_PARTS = ("weights", "gradients", "optimizer", "activations")
+
+
+def _about(stage: Mapping[str, Any]) -> str:
+    if stage.get("solver") == "exact":
+        return "the head is solved exactly, without steps"
+    steps, size, rate = stage.get("steps"), stage.get("batch_size"), stage.get("learning_rate")
+    parts = [f"{steps:,} steps" if steps else "", f"of {size} rows" if steps and size else ""]
+    return " ".join(filter(None, parts)) + (f", peak rate {rate:g}" if rate else "")
+
+
+def _depths(rows: Sequence[Mapping[str, Any]]) -> list[DepthRow]:
+    """The head on top; weights of one depth with one rate as one row, and blocks side by side that learn alike as one."""
+    peak = max((row["lr"] for row in rows if row["trainable"]), default=0.0) or 1.0
+    merged: dict[tuple[int, float], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["depth"]):
+        rate = row["lr"] if row["trainable"] else 0.0
+        one = merged.setdefault((row["depth"], rate), {**row, "rate": rate, "weights": 0, "decays": set(), "by": {}})
+        one["weights"] += row["weights"]
+        one["by"].update(dict.fromkeys(row["set_by"]))
+        if row["trainable"]:
+            one["decays"].add(row["weight_decay"])
+    told: list[DepthRow] = []
+    first = ""
+    for one in merged.values():
+        decay = " or ".join(f"{value:g}" for value in sorted(one["decays"], reverse=True))
+        rate = f"{one['rate']:.3g}" if one["trainable"] else "frozen"
+        row = DepthRow(one["name"], one["weights"], rate, one["rate"] / peak, decay, ", ".join(one["by"]))
+        last = told[-1] if told else None
+        blocks = last is not None and last.name.startswith("block") and row.name.startswith("block ")
+        if last and blocks and (last.rate, last.decay, last.set_by) == (row.rate, row.decay, row.set_by):
+            name = f"blocks {row.name.removeprefix('block ')}–{first}"
+            told[-1] = DepthRow(name, last.weights + row.weights, row.rate, row.share, row.decay, row.set_by)
+        else:
+            first = row.name.removeprefix("block ")
+            told.append(row)
+    return told

@@ -1,0 +1,66 @@
+"""starter: a first recipe for one's own data, every choice explained in its comments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.sources.data import read
+from luthier.sources.tasks import decide
+
+_TEMPLATE = """\
+# A starter recipe for {source}: {sentence}
+# {sizes}
+# luthier plan --recipe {file} --model MODEL --data {source}     shows what it will do; trains nothing
+# luthier methods                                                lists what else can be put under 'ingredients'
+name: {name}
+seed: 0
+task: {task}
+max_length: {length}          # tokens kept of each text; longer ones are cut, and counted
+stages:
+  - name: probe
+    solver: exact            # the head alone, solved on cached features: seconds, not minutes
+    ingredients:
+      - freeze: {{keep: [head]}}
+  - name: finetune
+    epochs: {epochs}               # {why}
+    learning_rate: 2e-5
+    batch_size: {batch}           # rows in one step; 'micro_batch: 4' would split it to save memory, and change nothing else
+    ingredients:
+      - anneal: {{shape: linear, warmup: 0.1}}
+      - adamw: {{weight_decay: 0.01}}
+      - clip: {{max_norm: 1.0}}
+      # - llrd: {{decay: 0.95}}        # smaller rates for lower layers
+      # - swa: {{start: 0.75}}         # average the last quarter's weights{calibration}
+"""
+
+
+def starter(
+    source: Any, *, text: str | None = None, text_pair: str | None = None, label: str | None = None, file: str = "recipe.yaml"
+) -> tuple[str, list[str]]:
+    """A recipe as text, and the lines to print: what was inferred, and the next command.
+
+    Raises:
+        DataError: the data cannot be read or learned from.
+    """
+    data = read(source, text=text, text_pair=text_pair, label=label)
+    task, sentence = decide(data)
+    rows = len(data.splits["train"])
+    words = sorted(len(one.split()) for one in data.splits["train"].texts)
+    long = words[int(0.95 * (len(words) - 1))]
+    length = next((size for size in (64, 128, 256) if long * 1.5 < size), 512)
+    few = rows < 1000
+    made = _TEMPLATE.format(
+        source=source,
+        sentence=sentence,
+        sizes=", ".join(f"{name} {len(split)} rows" for name, split in data.splits.items()),
+        file=file,
+        name=file.rpartition("/")[2].removesuffix(".yaml"),
+        task=task.kind,
+        length=length,
+        epochs=10 if few else 3,
+        why=f"{rows} rows are few: more passes at a small rate are steadier" if few else f"{rows} rows",
+        batch=16,
+        calibration="\n      - temperature" if task.kind == "classification" else "",
+    )
+    lines = [*data.notes, sentence, f"wrote {file}", "", "next:"]
+    return made, [*lines, f"  luthier plan --recipe {file} --model MODEL --data {source}"]
