@@ -37,11 +37,6 @@ class Checkpoint:
         return state
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
-    atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls ``write`` on a path beside ``path``, flushes it to disk, and renames it into place.
 
@@ -59,7 +54,7 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
         _flush(path.parent)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was saved before is untouched."
+            f"cannot write {path}: {error.strerror or error}.  What was saved before is untouched."
         ) from error
     finally:
         if beside.is_dir():
@@ -79,7 +74,10 @@ def save(folder: Path, state: Mapping[str, Any], *, stage: int, step: int | None
 
     def write(beside: Path) -> None:
         beside.mkdir(parents=True)
-        torch.save(dict(state), beside / "state.pt")
+        try:
+            torch.save(dict(state), beside / "state.pt")
+        except RuntimeError as error:  # torch's own writer says so of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
         size, digest = _digest(beside / "state.pt")
         (beside / "manifest.json").write_text(json.dumps({"state.pt": {"bytes": size, "sha256": digest}}))
         for item in beside.iterdir():

@@ -220,9 +220,9 @@ def init(
     if out.exists():
         raise LuthierError(f"{out} exists.  Choose another --out; nothing was touched.")
     made, said = starter(data, text=text, text_pair=text_pair, label=label, file=str(out))
-    from luthier.checkpoint import write_text
+    from luthier.jsonfile import write_whole
 
-    write_text(out, made)
+    write_whole(out, made)
     typer.echo("\n".join(said))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LuthierError(Exception):
         super().__init__("\n  ".join([message, *map(str, self.faults)]))
 
     @classmethod
-    def of(cls, faults: Iterable[Fault], inside: str) -> LuthierError:
+    def of(cls, faults: Iterable[Fault], inside: str) -> Self:
         """The error that tells all ``faults`` found ``inside`` (a file, a folder, a recipe's name) at once."""
         told = tuple(faults)
         return cls(f"{len(told)} {'fault' if len(told) == 1 else 'faults'} in {inside}", told)

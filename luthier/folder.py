@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from luthier import checkpoint
-from luthier.checkpoint import write_text
 from luthier.errors import Fault, LuthierError
+from luthier.jsonfile import write_whole
 
 PACKAGES = (
     "luthier",
@@ -74,7 +74,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Writes a text file, whole or not at all."""
         if self.main:
-            write_text(self.path / name, text)
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -11,7 +11,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.plan import Plan, compose, skeleton
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks, data, models, tasks
-from luthier.sources.text import Encoded, encode, lengths
+from luthier.sources.text import Encoded, encode
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ def prepare(
         say(note)
     decided, sentence = tasks.decide(found, recipe.task)
     say(sentence)
-    checks.check(found, decided, metric=recipe.metric)
+    warnings = [*found.warnings, *checks.check(found, decided, metric=recipe.metric)]
     loaded = models.load(model, decided, seed=recipe.seed, max_length=recipe.max_length)
-    told = {name: lengths(loaded.tokenizer, split) for name, split in found.splits.items()}
-    warnings = [
-        *found.warnings,
-        *checks.check(found, decided, lengths=told, max_length=loaded.max_length, metric=recipe.metric),
-    ]
+    for note in loaded.notes:
+        say(note)
     encoded = {
         name: encode(loaded.tokenizer, split, decided.targets(split.labels or ()), max_length=loaded.max_length)
         for name, split in found.splits.items()
     }
+    cut = {name: one.truncated for name, one in encoded.items()}
+    rows = {name: len(one) for name, one in encoded.items()}
+    warnings += checks.truncated(cut, rows, max_length=loaded.max_length)
     plan = compose(recipe, skeleton(loaded.model), lengths=encoded["train"].lengths, voids=voids)
     warnings += _measures(recipe, found)
     for warning in warnings:

@@ -40,7 +40,7 @@ def render(report: Report) -> str:
         movement=_movement(report),
         confusions=page_tables.confusions(report, splits),
         reliability=_reliability(report, splits),
-        scatter=plots.scatter(report.scatter) if report.scatter else None,
+        scatter=_scatter(report),
         plans=page_tables.plans(report.plan),
     )
 
@@ -63,7 +63,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=count, size=size, duration=duration, clipped=_clipped, split=page_words.split_title)
+    environment.filters.update(
+        count=count, size=size, duration=duration, clipped=_clipped, split=page_words.split_title
+    )
     return environment
 
 
@@ -92,28 +94,42 @@ def _curves(report: Report) -> list[Figure]:
     return found
 
 
-def _movement(report: Report) -> Figure | None:
+def _movement(report: Report) -> list[Figure]:
     moved = [row for row in report.movement if row.relative > 0]
     if not moved:
-        return None
+        return []
     most, least = max(moved, key=lambda row: row.relative), min(moved, key=lambda row: row.relative)
-    told = f"The {most.name} moved most, in {most.stage}: {100 * most.relative:.2g} % of its norm."
+    told = f"The {most.name} moved most for its size, in {most.stage}: {100 * most.relative:.2g} % of its norm."
     if least != most:
-        told += f" Of what moved, {least.name} in {least.stage} moved least: {100 * least.relative:.2g} %."
-    told += " No bar: did not move."
-    return Figure(plots.movement(report.movement), told)
+        told += f" {least.name.capitalize()} in {least.stage} moved least: {100 * least.relative:.2g} %."
+    absolute = plots.movement(report.movement, absolute=True, name="distance")
+    return [
+        Figure(plots.movement(report.movement), told + " No bar: did not move."),
+        Figure(absolute, "The same change, not relative: larger layers move further."),
+    ]
+
+
+def _scatter(report: Report) -> list[Figure]:
+    if not report.scatter:
+        return []
+    told = f"{len(report.scatter)} rows of {report.shown}."
+    return [
+        Figure(plots.scatter(report.scatter), told),
+        Figure(plots.errors(report.scatter), "How far off the same rows are, and to which side."),
+    ]
 
 
 def _reliability(report: Report, splits: list[str]) -> list[Figure]:
     found = []
     for at, split in enumerate(splits):
         bins = report.reliability.get(split, {})
-        where = split_title = page_words.split_title(split)
+        where = page_words.split_title(split)
         for when, scores in (("before", report.splits), ("after", page_tables.flat(report.calibrated))):
             if not bins.get(when):
                 continue
             how = "as trained" if when == "before" else f"after {page_words.calibration_name(report)}"
             ece = page_words.shown("ece", scores.get(split, {}).get("ece"))
-            svg = plots.reliability(bins[when], title=f"{where}, {how}: ECE {ece}", name=f"reliability-{at}-{when}")
-            found.append(Figure(svg, f"{split_title}, {how}."))
+            told = f"{where}, {how}: ECE {ece}"
+            svg = plots.reliability(bins[when], label=told, name=f"reliability-{at}-{when}")
+            found.append(Figure(svg, told))
     return found

@@ -47,7 +47,7 @@ def loss(curves: Mapping[str, Any], *, unit: str, name: str = "loss") -> str:
         axes.set_ylabel(f"loss ({unit})" if unit else "loss")
         axes.legend(loc="upper right", bbox_to_anchor=(1, 0.92))
 
-    return draw(paint, name=name, label="Loss by optimizer step: training, smoothed, and validation")
+    return draw(paint, name=name, label="Loss by optimizer step: training, smoothed, and validation", height=5.0)
 
 
 def rate(curves: Mapping[str, Any], *, name: str = "rate") -> str:
@@ -64,11 +64,11 @@ def rate(curves: Mapping[str, Any], *, name: str = "rate") -> str:
             axes.set_ylim(min(peaks) / 30, max(peaks) * 4)
         else:
             axes.set_ylim(0, 1.15 * max(peaks, default=1.0))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tidy(value)))
         _stages(axes, curves)
         axes.set_ylabel("learning rate (per step)")
 
-    return draw(paint, name=name, label="Learning rate by optimizer step")
+    return draw(paint, name=name, label="Learning rate by optimizer step", height=2.5)
 
 
 def validation(curves: Mapping[str, Any], *, metric: str, title: str, name: str = "validation") -> str | None:
@@ -85,48 +85,53 @@ def validation(curves: Mapping[str, Any], *, metric: str, title: str, name: str 
         _stages(axes, curves)
         axes.set_ylabel(f"validation {title}")
 
-    return draw(paint, name=name, label=f"Validation {title} by optimizer step; {told[-1][1]:.3f} at the end")
+    return draw(
+        paint, name=name, label=f"Validation {title} by optimizer step; {told[-1][1]:.3f} at the end", height=2.5
+    )
 
 
-def movement(rows: Sequence[Any], *, name: str = "movement") -> str:
-    """How far each depth moved, relative to where it stood, a bar for each stage; the head on top.
+def movement(rows: Sequence[Any], *, absolute: bool = False, name: str = "movement") -> str:
+    """How far each depth moved, a bar for each stage; the head on top; what did not move has no bar.
 
     Args:
-        rows: ``luthier.report.Movement``; what did not move has no bar.
+        rows: ``luthier.report.Movement``.
+        absolute: the L2 norm of the change; else that norm in per cent of the norm at the stage's start.
     """
     stages = list(dict.fromkeys(row.stage for row in rows))
     depths = sorted({row.depth: row.name for row in rows}.items())
     place = {depth: at for at, (depth, _) in enumerate(depths)}
-    moved = [row for row in rows if row.relative > 0 and math.isfinite(row.relative)]
-    wide = bool(moved) and max(row.relative for row in moved) > 30 * min(row.relative for row in moved)
+    told = [(row, row.distance if absolute else 100 * row.relative) for row in rows]
+    moved = [(row, value) for row, value in told if value > 0 and math.isfinite(value)]
+    values = [value for _, value in moved]
+    wide = bool(values) and max(values) > 30 * min(values)
+    what = "L2 norm of the change" if absolute else "change, % of the norm at the stage's start"
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         if wide:
             _log(axes.xaxis, axes.set_xscale)
-            axes.set_xlim(min(row.relative for row in moved) * 50, max(row.relative for row in moved) * 500)
+            axes.set_xlim(min(values) / 2, max(values) * (max(values) / min(values)) ** 0.2)
         thick = 0.8 / len(stages)
-        for row in moved:
+        for row, x in moved:
             at = stages.index(row.stage)
             colour, marker = SERIES[at % len(SERIES)]
-            y, x = place[row.depth] + 0.4 - (at + 0.5) * thick, 100 * row.relative
-            label = _once(axes, row.stage)
-            axes.barh(y, x, 0.55 * thick, color=colour, alpha=0.55 if wide else 0.9)
-            axes.plot([x], [y], marker, color=colour, markersize=5.5, label=label)
-            axes.annotate(f"{x:.2g} %", (x, y), (7, 0), textcoords="offset points", va="center", size=8.5)
-        axes.set_yticks(list(place.values()), [clipped(told, 22) for _, told in depths])
+            y, number = place[row.depth] + 0.4 - (at + 0.5) * thick, _tidy(float(f"{x:.2g}"))
+            axes.barh(y, x, 0.55 * thick, color=colour, alpha=0.55)
+            axes.plot([x], [y], marker, color=colour, markersize=5.5, label=_once(axes, row.stage))
+            axes.annotate(number, (x, y), (7, 0), textcoords="offset points", va="center", size=8.5)
+        axes.set_yticks(list(place.values()), [clipped(label, 22) for _, label in depths])
         axes.set_ylim(-0.6, len(depths) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.18)
-        axes.set_xlabel("change, % of the norm at the stage's start" + (" (log scale)" if wide else ""))
+        axes.set_xlabel(what + (" (log scale)" if wide else ""))
         if len(stages) > 1 and moved:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
     height = 1.2 + max(0.24, 0.2 * len(stages)) * len(depths)
-    return draw(paint, name=name, label="Relative change of the weights by depth and stage", height=height)
+    return draw(paint, name=name, label=f"By depth and stage: {what}", height=height)
 
 
-def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, name: str) -> str:
+def reliability(bins: Sequence[Mapping[str, Any]], *, label: str, name: str) -> str:
     """Accuracy against confidence in bins, the gap to the diagonal, and how many rows each bin holds."""
     full = [one for one in bins if one["count"]]
 
@@ -139,7 +144,6 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, name: str) -> 
         points = [[one["confidence"] for one in full], [one["accuracy"] for one in full]]
         top.plot(*points, "o-", color=DARK, markersize=6, linewidth=1.6, label="this model")
         top.set(xlim=(0, 1), ylim=(0, 1.03), ylabel="accuracy (share right)")
-        top.set_title(title, size=10.5, loc="left", color=INK)
         top.legend(loc="upper left")
         for one in full:
             middle, count = (one["low"] + one["high"]) / 2, one["count"]
@@ -150,7 +154,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, name: str) -> 
         low.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         low.set(xlabel="confidence (probability of the predicted class)", ylabel="rows")
 
-    return draw(paint, name=name, label=f"Reliability diagram, {title}", height=4.4)
+    return draw(paint, name=name, label=f"Reliability diagram, {label}", height=4.4)
 
 
 def scatter(points: Sequence[Sequence[float]], *, name: str = "scatter") -> str:
@@ -166,6 +170,23 @@ def scatter(points: Sequence[Sequence[float]], *, name: str = "scatter") -> str:
         axes.legend(loc="upper left")
 
     return draw(paint, name=name, label=f"True against predicted value of {len(points)} rows", height=5.2)
+
+
+def errors(points: Sequence[Sequence[float]], *, name: str = "errors") -> str:
+    """How the errors of a regression are spread, with their mean."""
+    true, predicted = np.asarray(points, dtype=float).T
+    gaps = predicted - true
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.hist(gaps, bins=25, color=PALE, edgecolor="white")
+        axes.axvline(0, color=SOFT, linestyle="--", linewidth=1, label="no error")
+        axes.axvline(float(gaps.mean()), color=AMBER, linewidth=2.2, label=f"mean {gaps.mean():+.2g}")
+        axes.set(xlabel="predicted minus true (units of the label)", ylabel="rows")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.legend(loc="upper left")
+
+    return draw(paint, name=name, label=f"Histogram of errors; mean {gaps.mean():+.2g}", height=5.2)
 
 
 def _by_stage(points: Sequence[Sequence[Any]], starts: Sequence[Sequence[Any]]) -> list[tuple[Any, Any]]:
@@ -201,10 +222,18 @@ def _stages(axes: Axes, curves: Mapping[str, Any]) -> None:
 
 def _log(axis: Any, scale: Callable[[str], None]) -> None:
     scale("log")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tidy(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _once(axes: Axes, label: str) -> str:
     """The label for the legend, the first time only."""
     return f"_{label}" if label in axes.get_legend_handles_labels()[1] else label
+
+
+def _tidy(value: float) -> str:
+    """
+    >>> _tidy(1e-05), _tidy(0.25)
+    ('1e-5', '0.25')
+    """
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")

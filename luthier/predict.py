@@ -55,7 +55,9 @@ class Predictions:
 
         path = Path(path)
         if path.suffix not in (".csv", ".tsv", ".jsonl"):
-            raise DataError.of([Fault(str(path), "must end in .csv, .tsv or .jsonl", path.suffix or "no ending")], "--out")
+            raise DataError.of(
+                [Fault(str(path), "must end in .csv, .tsv or .jsonl", path.suffix or "no ending")], "--out"
+            )
         frame = pd.DataFrame(self.table())
         if path.suffix == ".jsonl":
             lines = (json.dumps(row, ensure_ascii=False, default=str) for row in frame.to_dict("records"))
@@ -78,14 +80,18 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
     say = narrator or Silent()
     folder = Path(run)
     if not (folder / "report.json").is_file():
-        raise LuthierError(f"{folder} holds no finished run (no report.json).  Finish it with luthier fit ... --resume.")
+        raise LuthierError(
+            f"{folder} holds no finished run (no report.json).  Finish it with luthier fit ... --resume."
+        )
     report = Report.load(folder)
     columns = report.data["columns"]
     split, frame = read_unlabelled(data, Columns(columns["text"], columns.get("text_pair")))
     model, tokenizer = reload(folder / "model"), reload_tokenizer(folder / "model")
     encoded = encode(tokenizer, split, max_length=report.model["max_length"])
     if encoded.truncated:
-        say.line(f"{encoded.truncated} of {len(encoded)} texts are longer than {report.model['max_length']} tokens and are cut")
+        say.line(
+            f"{encoded.truncated} of {len(encoded)} texts are longer than {report.model['max_length']} tokens and are cut"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.config.pad_token_id or 0
     with say.bar("predicting", len(encoded)) as bar:
         out = logits(model, encoded, pad_id=int(pad), tick=bar.advance)
@@ -93,7 +99,9 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
     if report.task == "regression":
         return Predictions(kept, [float(value) for value in out[:, 0]], None, ())
     told = report.calibration
-    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings(scale=_tuple(told.get("scale")), shift=_tuple(told.get("shift"))))
+    changed = adjusted(
+        Outputs(out, np.zeros(len(out))), Findings(scale=_tuple(told.get("scale")), shift=_tuple(told.get("shift")))
+    )
     shifted = np.exp(changed.logits - changed.logits.max(axis=1, keepdims=True))
     likely = shifted / shifted.sum(axis=1, keepdims=True)
     return Predictions(kept, [report.labels[at] for at in likely.argmax(axis=1)], likely, tuple(report.labels))

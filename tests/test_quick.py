@@ -177,7 +177,7 @@ MASKS = {
     "blind row": ((torch.arange(5) != 2).view(1, 1, 5, 1).expand(2, 1, 5, 5), False),
     "added": (uniform(5, 5, seed=8), False),
     "added by head": (uniform(2, 3, 5, 5, seed=8), False),
-    "added, -inf": (torch.zeros(5, dtype=torch.float64).masked_fill(~SEES, -math.inf), False),
+    "added, -inf": (torch.zeros(5, 5, dtype=torch.float64).masked_fill(~SEES, -math.inf), False),
 }
 
 
@@ -422,7 +422,9 @@ def family(name: str) -> PreTrainedModel:
     if name == "roberta":
         return RobertaForSequenceClassification(RobertaConfig(**{**shared, "max_position_embeddings": 20}))
     if name == "deberta":
-        return DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, relative_attention=True, pooler_hidden_size=16))
+        return DebertaV2ForSequenceClassification(
+            DebertaV2Config(**SMALL, relative_attention=True, pooler_hidden_size=16)
+        )
     if name == "gpt2":
         return GPT2ForSequenceClassification(
             GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0, attn_implementation="sdpa")

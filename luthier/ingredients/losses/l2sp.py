@@ -6,7 +6,7 @@ Source: Li, Grandvalet, Davoine, ICML 2018, equation 4 (arXiv:1802.01483).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -114,6 +114,7 @@ def _placed(start: Tensor, weight: Tensor) -> Tensor:
     start = start.to(weight.device)
     if not hasattr(weight, "device_mesh"):
         return start
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(start, weight.device_mesh, weight.placements)
+    sharded = cast(DTensor, weight)
+    return distribute_tensor(start, sharded.device_mesh, sharded.placements)

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from luthier.core.claims import Claim, Place, owns, scales
-from luthier.core.context import Context, Progress, Shelf
+from luthier.core.context import Context, Progress, Shelf, Tensors
 from luthier.core.groups import groups_of
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import ModelError, RecipeError
@@ -153,7 +153,7 @@ def test_bf16_weights_are_averaged_in_single_precision() -> None:
         model.weight.data.fill_(value)
         optimizer.step()
         ctx.progress.step += 1
-    average = ctx.keep("average", dict)["weight"]  # type: ignore[type-var]
+    average = ctx.keep("average", Tensors)["weight"]
     assert average.dtype == torch.float32
     # A thousand roundings to single precision near 1 (6e-8 each) stay below 1e-6 when they do not all point one way.
     assert average.item() == pytest.approx(1 + 3 / 512, abs=1e-6)
@@ -302,7 +302,8 @@ def one_process() -> Iterator[Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))
     finally:

@@ -1,0 +1,160 @@
+"""A run that is killed at any moment and gone on with ends on the same bits as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import luthier
+from luthier import checkpoint
+from luthier.errors import LuthierError
+from luthier.narrate import Silent
+from tests.little import Counts, KillsItself, in_a_child, recipe, same, sentences, weights
+
+BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
+KINDS = {
+    "anneal, adamw, clip, after a probe": (BASE, True),
+    "freeze": ([{"freeze": {"keep": ["head", "top:1"]}}, *BASE], False),
+    "llrd": ([{"llrd": {"decay": 0.8}}, *BASE], False),
+    "swa": ([{"swa": {"start": 0.3}}, *BASE], True),
+    "mixout": ([{"mixout": {"p": 0.5}}, *BASE], False),
+    "mezo": ([{"mezo": {"eps": 1e-2}}], False),
+    "lora": ([{"lora": {"r": 2, "dropout": 0.1}}, *BASE], True),
+    "l2sp": ([{"l2sp": {"strength": 0.1}}, *BASE], True),
+    "lengths": ([{"lengths": {"window": 2}}, *BASE], False),
+    "temperature": ([*BASE, "temperature"], False),
+}
+
+
+def fit(tiny_model: Path, out: Path, kind: str, **more):
+    ingredients, probe = KINDS[kind]
+    return luthier.fit(
+        recipe(ingredients, probe=probe), model=tiny_model, data=sentences(), out=out, save_every=1, **more
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments_and_resumed_ends_on_the_same_bits(kind, tiny_model, tmp_path):
+    counts = Counts()
+    whole = fit(tiny_model, tmp_path / "whole", kind, narrator=counts)
+    draw = random.Random(kind)
+    for turn in range(2):
+        out = tmp_path / f"killed-{turn}"
+        for most in (counts.said, counts.said // 2):  # killed, gone on with, killed again
+            says = KillsItself(draw.randint(5, most - 1))
+            assert in_a_child(lambda: fit(tiny_model, out, kind, resume=True, narrator=says)) == signal.SIGKILL  # noqa: B023
+        again = fit(tiny_model, out, kind, resume=True)
+        assert same(weights(tmp_path / "whole"), weights(out))
+        assert again.metrics == whole.metrics
+        assert again.curves["loss"] == whole.curves["loss"]
+        assert [stage.steps for stage in again.stages] == [stage.steps for stage in whole.stages]
+
+
+def test_a_log_of_a_resumed_run_has_every_step_once(tiny_model, tmp_path):
+    kind = "anneal, adamw, clip, after a probe"
+    in_a_child(lambda: fit(tiny_model, tmp_path / "run", kind, narrator=KillsItself(16)))
+    fit(tiny_model, tmp_path / "run", kind, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def saved(tmp_path: Path, steps: range) -> list[checkpoint.Checkpoint]:
+    import torch
+
+    return [checkpoint.save(tmp_path, {"x": torch.full((4,), float(step))}, stage=0, step=step, keep=9) for step in steps]
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "no manifest", "no state"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(harm, tmp_path):
+    before, last = saved(tmp_path, range(1, 3))
+    state = last.path / "state.pt"
+    if harm == "cut":
+        state.write_bytes(state.read_bytes()[:-7])
+    elif harm == "changed":
+        data = bytearray(state.read_bytes())
+        data[len(data) // 2] ^= 1
+        state.write_bytes(bytes(data))
+    else:
+        (last.path / ("manifest.json" if harm == "no manifest" else "state.pt")).unlink()
+    said: list[str] = []
+    start, step = checkpoint.latest(tmp_path, say=said.append)
+    assert (start, step) == (None, before)
+    assert len(said) == 1 and last.path.name in said[0]
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    (one,) = saved(tmp_path, range(1, 2))
+    shutil.copytree(one.path, tmp_path / ".stage-0-step-00000002.77.tmp")
+    assert checkpoint.latest(tmp_path) == (None, one)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tiny_model, tmp_path, monkeypatch):
+    kind = "anneal, adamw, clip, after a probe"
+    whole = fit(tiny_model, tmp_path / "whole", kind)
+    import torch
+
+    real, calls = torch.save, []
+
+    def full(*args, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return real(*args, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(LuthierError, match="No space left on device") as caught:
+        fit(tiny_model, tmp_path / "run", kind)
+    assert caught.value.exit_code == 1
+    monkeypatch.setattr(torch, "save", real)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    fit(tiny_model, tmp_path / "run", kind, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert whole.recipe_digest
+
+
+def test_asked_to_stop_it_stops_between_steps_and_goes_on_to_the_same_bits(tiny_model, tmp_path):
+    kind = "swa"
+    fit(tiny_model, tmp_path / "whole", kind)
+
+    class Asks(Silent):
+        def advance(self, by: int = 1, *, say: str = "") -> None:
+            if say.startswith("loss"):
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(LuthierError, match="--resume goes on from there") as caught:
+        fit(tiny_model, tmp_path / "run", kind, narrator=Asks())
+    assert caught.value.exit_code == 1
+    fit(tiny_model, tmp_path / "run", kind, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_run_folder_is_not_overwritten_and_not_gone_on_with_by_another_run(tiny_model, tmp_path):
+    kind = "temperature"
+    fit(tiny_model, tmp_path / "run", kind)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(LuthierError, match="holds a finished run"):
+        fit(tiny_model, tmp_path / "run", kind)
+    with pytest.raises(LuthierError, match="must be what the run began with"):
+        fit(tiny_model, tmp_path / "run", "freeze", resume=True)
+    with pytest.raises(LuthierError, match="seed"):
+        fit(tiny_model, tmp_path / "run", kind, resume=True, seed=5)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tiny_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(LuthierError, match="holds no run"):
+        fit(tiny_model, tmp_path, "temperature", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_resuming_a_finished_run_gives_its_report_back(tiny_model, tmp_path):
+    report = fit(tiny_model, tmp_path / "run", "temperature")
+    again = fit(tiny_model, tmp_path / "run", "temperature", resume=True)
+    assert again.metrics == report.metrics
+    assert not list((tmp_path / "run" / "checkpoints").glob("stage-*"))
