@@ -91,7 +91,9 @@ def fit(
     say.show(job.plan)
     if out is None:
         return _Fitting(job, settings, None, say, save_every).go(resume=False)
-    folder = RunFolder(Path(out), resume=resume, identity=job.identity, main=settings.main)
+    folder = RunFolder(
+        Path(out), resume=resume, identity=job.identity, surroundings=settings.described(), main=settings.main
+    )
     try:
         if folder.done:
             say.line(f"{folder.path} holds a run that has ended; its report is given back")

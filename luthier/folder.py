@@ -38,12 +38,21 @@ class RunFolder:
         path: where.
         resume: whether to go on with the run that is there.
         identity: what makes it the same run (digests of recipe, data and start weights, the seed).
+        surroundings: devices and processes, for environment.json.
         main: False on the processes that only look.
     Raises:
         LuthierError: the folder holds another run, something else, or a run that is being written now.
     """
 
-    def __init__(self, path: Path, *, resume: bool, identity: dict[str, Any], main: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume: bool,
+        identity: dict[str, Any],
+        surroundings: dict[str, Any] | None = None,
+        main: bool = True,
+    ) -> None:
         self.path, self.main = path, main
         self._lock: IO[str] | None = None
         self._log: IO[bytes] | None = None
@@ -60,7 +69,7 @@ class RunFolder:
                 f"{path} is being written by another process.  Wait for it, or choose another --out."
             ) from None
         if before is None:
-            self.write_json("environment.json", {"identity": identity, **environment()})
+            self.write_json("environment.json", {"identity": identity, **(surroundings or {}), **environment()})
 
     @property
     def checkpoints(self) -> Path:

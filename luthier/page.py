@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from luthier import page_tables, page_words, plots
+from luthier import page_tables, page_words, plots, plots_curves
 from luthier.jsonfile import write_whole
-from luthier.report import Report
+from luthier.report import Report, flat
 from luthier.svg import clipped
 from luthier.units import count, duration, size
 
@@ -83,14 +83,15 @@ def _curves(report: Report) -> list[Figure]:
     if not curves["loss"]:
         return []
     unit = "nats" if report.task == "classification" else ""
-    told = "The training loss of each step, its moving average, and the loss on validation."
-    found = [Figure(plots.loss(curves, unit=unit), told)]
+    told = "The training loss of each step and its moving average"
+    told += "; the loss on validation." if any("nll" in scores for _, scores in curves["validation"]) else "."
+    found = [Figure(plots_curves.loss(curves, unit=unit), told)]
     name = page_words.title(report.metric)
-    measured = plots.validation(curves, metric=report.metric, title=name)
+    measured = plots_curves.validation(curves, metric=report.metric, title=name)
     if measured:
         found.append(Figure(measured, f"The {name} on validation while training."))
     if curves["learning_rate"]:
-        found.append(Figure(plots.rate(curves), "The learning rate of the fastest weights."))
+        found.append(Figure(plots_curves.rate(curves), "The learning rate of the fastest weights."))
     return found
 
 
@@ -99,13 +100,13 @@ def _movement(report: Report) -> list[Figure]:
     if not moved:
         return []
     most, least = max(moved, key=lambda row: row.relative), min(moved, key=lambda row: row.relative)
-    told = f"The {most.name} moved most for its size, in {most.stage}: {100 * most.relative:.2g} % of its norm."
+    told = f"The {most.name} moved most for its size, in {most.stage}: {100 * most.relative:.2g}\u00a0% of its norm."
     if least != most:
-        told += f" {least.name.capitalize()} in {least.stage} moved least: {100 * least.relative:.2g} %."
+        told += f" {least.name.capitalize()} in {least.stage} moved least: {100 * least.relative:.2g}\u00a0%."
     absolute = plots.movement(report.movement, absolute=True, name="distance")
     return [
         Figure(plots.movement(report.movement), told + " No bar: did not move."),
-        Figure(absolute, "The same change, not relative: larger layers move further."),
+        Figure(absolute, "The same change as a distance, not relative to the layer's own norm."),
     ]
 
 
@@ -124,7 +125,7 @@ def _reliability(report: Report, splits: list[str]) -> list[Figure]:
     for at, split in enumerate(splits):
         bins = report.reliability.get(split, {})
         where = page_words.split_title(split)
-        for when, scores in (("before", report.splits), ("after", page_tables.flat(report.calibrated))):
+        for when, scores in (("before", report.splits), ("after", flat(report.calibrated))):
             if not bins.get(when):
                 continue
             how = "as trained" if when == "before" else f"after {page_words.calibration_name(report)}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.page_words import TITLES, shown, split_title, title
 from luthier.report import Report, flat
+from luthier.svg import tidy
 
 MOST_CLASSES = 25  # in a confusion matrix
 MOST_PAIRS = 10
@@ -118,11 +119,11 @@ def _about(stage: Mapping[str, Any]) -> str:
         return "the head is solved exactly, without steps"
     steps, size, rate = stage.get("steps"), stage.get("batch_size"), stage.get("learning_rate")
     parts = [f"{steps:,} steps" if steps else "", f"of {size} rows" if steps and size else ""]
-    return " ".join(filter(None, parts)) + (f", peak rate {rate:g}" if rate else "")
+    return " ".join(filter(None, parts)) + (f", peak rate {tidy(rate)}" if rate else "")
 
 
 def _depths(rows: Sequence[Mapping[str, Any]]) -> list[DepthRow]:
-    """The head on top; weights of one depth with one rate as one row, and blocks side by side that learn alike as one."""
+    """The head on top; a row for each depth and rate, and one for blocks side by side that learn alike."""
     peak = max((row["lr"] for row in rows if row["trainable"]), default=0.0) or 1.0
     merged: dict[tuple[int, float], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: -row["depth"]):
@@ -136,14 +137,14 @@ def _depths(rows: Sequence[Mapping[str, Any]]) -> list[DepthRow]:
     first = ""
     for one in merged.values():
         decay = " or ".join(f"{value:g}" for value in sorted(one["decays"], reverse=True))
-        rate = f"{one['rate']:.3g}" if one["trainable"] else "frozen"
-        row = DepthRow(one["name"], one["weights"], rate, one["rate"] / peak, decay, ", ".join(one["by"]))
+        rate = tidy(one["rate"]) if one["trainable"] else "frozen"
+        this = DepthRow(one["name"], one["weights"], rate, one["rate"] / peak, decay, ", ".join(one["by"]))
         last = told[-1] if told else None
-        blocks = last is not None and last.name.startswith("block") and row.name.startswith("block ")
-        if last and blocks and (last.rate, last.decay, last.set_by) == (row.rate, row.decay, row.set_by):
-            name = f"blocks {row.name.removeprefix('block ')}–{first}"
-            told[-1] = DepthRow(name, last.weights + row.weights, row.rate, row.share, row.decay, row.set_by)
+        blocks = last is not None and last.name.startswith("block") and this.name.startswith("block ")
+        if last and blocks and (last.rate, last.decay, last.set_by) == (this.rate, this.decay, this.set_by):
+            name = f"blocks {this.name.removeprefix('block ')}–{first}"
+            told[-1] = replace(this, name=name, weights=last.weights + this.weights)
         else:
-            first = row.name.removeprefix("block ")
-            told.append(row)
+            first = this.name.removeprefix("block ")
+            told.append(this)
     return told

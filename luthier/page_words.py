@@ -40,12 +40,12 @@ def shown(metric: str, value: Any) -> str:
     """A score as the page prints it.
 
     >>> shown("accuracy", 0.912), shown("nll", 0.30149), shown("ece", None)
-    ('91.2 %', '0.301', '–')
+    ('91.2\\xa0%', '0.301', '–')
     """
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
     if metric in SHARES:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}\u00a0%"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
@@ -89,7 +89,7 @@ def cards(report: Report) -> list[Card]:
     below = f"{n:,} rows" if n else ""
     if metric == "accuracy" and value is not None and n:
         low, high = wilson(value, n)
-        below = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {below}"
+        below = f"95\u00a0% interval {100 * low:.1f} to {100 * high:.1f}; {below}"
     told = [Card(f"{title(metric)} on {name}", shown(metric, value), below)]
     for split, other in report.metrics.get("ood", {}).items():
         far = other.get(metric)
@@ -131,7 +131,9 @@ def _right(report: Report, scores: Mapping[str, Any], name: str) -> list[str]:
     if not sums or len(sums) != len(report.labels):
         return [told + "."]
     best = sums.index(max(sums))
-    return [f"{told}; always answering “{report.labels[best]}” would be right for {100 * max(sums) / sum(sums):.1f} %."]
+    return [
+        f"{told}; always answering “{report.labels[best]}” would be right for {100 * max(sums) / sum(sums):.1f}\u00a0%."
+    ]
 
 
 def _regression(scores: Mapping[str, Any], name: str) -> str:
@@ -163,7 +165,7 @@ def _sure(report: Report, scores: Mapping[str, Any], name: str) -> list[str]:
         return []
     sure, right = sum(one["count"] * one["confidence"] for one in bins) / rows, scores["accuracy"]
     how = "over-confident" if sure > right + 0.005 else "under-confident" if sure < right - 0.005 else "well balanced"
-    told = f"It is {how}: {100 * sure:.1f} % sure on average and {100 * right:.1f} % right"
+    told = f"On {name} it is {how}: {100 * sure:.1f}\u00a0% sure on average and {100 * right:.1f}\u00a0% right"
     before, after = scores.get("ece"), report.calibrated.get(name, {}).get("ece")
     if before is None or after is None:
         return [told + "."]

@@ -42,6 +42,15 @@ class Placement:
         self.main: bool = self._accelerator.is_main_process
         self.sharded: bool = str(self._accelerator.distributed_type).endswith("FSDP")
 
+    def described(self) -> dict[str, Any]:
+        """Device, processes and precision, as plain values."""
+        return {
+            "device": str(self.device),
+            "processes": self.processes,
+            "sharded": self.sharded,
+            "precision": "fp32" if self._accelerator.mixed_precision == "no" else self._accelerator.mixed_precision,
+        }
+
     def voids(self) -> tuple[Claim, ...]:
         """What these surroundings do away with."""
         return (voids(Place.WHOLE_WEIGHTS),) if self.sharded else ()

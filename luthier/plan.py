@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,7 +234,8 @@ def _length(
 def _select(where: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
     found: frozenset[str] = frozenset()
     for selector in where:
-        found |= anatomy.select(selector)
+        with suppress(RecipeError):  # a number that cannot be: its ingredient tells
+            found |= anatomy.select(selector)
     return found
 
 
@@ -242,7 +244,7 @@ def _idle(entries: Sequence[Entry], before: Anatomy, after: Anatomy, label: str)
     faults = []
     for entry in entries:
         for selector in dict.fromkeys(at for claim in entry.claims for at in claim.where):
-            if not before.select(selector) and not after.select(selector):
+            if not _select((selector,), before) and not _select((selector,), after):
                 some = ", ".join(part.canonical for part in after.parts[:3])
                 faults.append(
                     Fault(

@@ -123,8 +123,9 @@ def _stage_text(plan: StagePlan) -> list[str]:
     lines += _wrapped("  with ", [described(entry) for entry in plan.entries])
     lines.append(f"  {'depth':<18}{'weights':>9}{'tensors':>9}{'rate':>11}{'decay':>8}  set by")
     for told in _merged(rows_by_depth(plan)):
-        rate = f"{told['lr']:.3g}" if told["trainable"] else "frozen"
-        decay = f"{told['weight_decay']:g}" if told["trainable"] else ""
+        learns = "solved" if plan.stage.solver == "exact" else f"{told['lr']:.3g}"
+        rate = learns if told["trainable"] else "frozen"
+        decay = f"{told['weight_decay']:g}" if told["trainable"] and plan.steps else ""
         wakes = f" from {told['wakes_at']:.0%}" if told["wakes_at"] else ""
         who = ", ".join(told["set_by"])
         lines.append(

@@ -118,14 +118,13 @@ def _calibration(findings: Findings | None) -> dict[str, Any]:
 def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:
     """Saves model and tokenizer, loads them again as a stranger would, and compares the logits."""
     from luthier.checkpoint import atomically
-    from luthier.sources.models import reload
+    from luthier.sources.models import reload, store
 
     model, tokenizer = job.loaded.model, job.loaded.tokenizer
 
     def write(beside: Path) -> None:
         beside.mkdir(parents=True)
-        model.cpu().save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        store(model.cpu(), tokenizer, beside)
 
     atomically(path / "model", write)
     name = "validation" if "validation" in outputs else next(iter(outputs), None)

@@ -1,6 +1,6 @@
 """A matplotlib figure as an SVG that stands inside an HTML page.
 
-Text stays text, in the page's own font: it can be selected, searched and read aloud. The same figure gives the same bytes.
+Text stays text in the page's own font, to select, search and read aloud. The same figure gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
+DARK, AMBER, PALE = "#163a5f", "#d98a00", "#a9bccd"
 INK, SOFT, GRID = "#22262b", "#5d6570", "#e4e2dc"
 WIDTH = 6.0  # inches of 72 units
 MOST_POINTS = 400  # of a line
@@ -91,3 +94,24 @@ def clipped(text: str, most: int) -> str:
     """The text, or its beginning and an ellipsis: ``most`` letters at the most."""
     told = " ".join(str(text).split())
     return told if len(told) <= most else told[: most - 1].rstrip() + "…"
+
+
+def log_axis(axis: Any, scale: Callable[[str], None]) -> None:
+    """Makes the axis logarithmic, with plain numbers."""
+    scale("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tidy(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def once(axes: Axes, label: str) -> str:
+    """The label for the legend, the first time only."""
+    return f"_{label}" if label in axes.get_legend_handles_labels()[1] else label
+
+
+def tidy(value: float) -> str:
+    """A number without needless zeros.
+
+    >>> tidy(1e-05), tidy(0.25)
+    ('1e-5', '0.25')
+    """
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")

@@ -61,7 +61,7 @@ def test_the_faults_of_all_stages_are_told_at_once_with_their_stage() -> None:
             Stage(name="third"),
         )
     text = str(told.value)
-    assert text.startswith("5 faults in trial")
+    assert text.startswith("4 faults in trial")
     assert "stages[0] 'first' anneal.warmup_steps  must be below the stage's 10 steps; got 10." in text
     assert "stages[1] 'second' freeze  matches no weight with 'no.such.weight'." in text
     assert "Weights are named like bert.embeddings.word_embeddings.weight" in text
@@ -138,8 +138,8 @@ def test_an_exact_solver_refuses_what_takes_steps_and_what_it_cannot_train() -> 
     [(1, 3), (2, 6), (2.5, 8), (0.5, 2), (0.1, 1)],
 )
 def test_steps_follow_from_epochs_and_fractions_of_them(epochs: float, steps: int) -> None:
-    # Ten rows in fours are 3 steps. Half an epoch is 1.5 steps, rounded to the even 2: 2.5 epochs are 6 + 2. A tenth is 0.3
-    # steps, and at least one is taken.
+    # Ten rows in fours are 3 steps. Half an epoch is 1.5 steps, rounded to the even 2: 2.5 epochs are 6 + 2. A tenth is
+    # 0.3 steps, and at least one is taken.
     plan = planned(Stage(epochs=epochs, batch_size=4), lengths=[5] * 10)
     assert plan.stages[0].steps == steps
 

@@ -38,7 +38,9 @@ def tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 64) -> Pre
     )
 
 
-def tiny_config(words: Sequence[str] = WORDS, *, layers: int = 2, positions: int = 64) -> BertConfig:
+def tiny_config(
+    words: Sequence[str] = WORDS, *, layers: int = 2, positions: int = 64, dropout: float = 0.1
+) -> BertConfig:
     """BERT with 16 hidden units, 2 heads and ``layers`` blocks."""
     return BertConfig(
         vocab_size=len(SPECIALS) + len(words),
@@ -48,16 +50,20 @@ def tiny_config(words: Sequence[str] = WORDS, *, layers: int = 2, positions: int
         intermediate_size=32,
         max_position_embeddings=positions,
         pad_token_id=0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
 
 
-def tiny_folder(path: Path, words: Sequence[str] = WORDS, *, layers: int = 2, seed: int = 0) -> Path:
+def tiny_folder(
+    path: Path, words: Sequence[str] = WORDS, *, layers: int = 2, seed: int = 0, dropout: float = 0.1
+) -> Path:
     """Saves a tiny pretrained BERT (body and pooler, no head) and its tokenizer to ``path``; gives ``path`` back.
 
     The weights come from ``seed``; torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        BertModel(tiny_config(words, layers=layers)).save_pretrained(path)
+        BertModel(tiny_config(words, layers=layers, dropout=dropout)).save_pretrained(path)
     tiny_tokenizer(words).save_pretrained(path)
     return path

@@ -116,6 +116,13 @@ def reload_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
+def store(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Saves model and tokenizer as plain transformers loads them."""
+    with _quiet(bars=False):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def digest(state: Mapping[str, torch.Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
     told = hashlib.sha256()
