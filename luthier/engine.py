@@ -204,6 +204,7 @@ class _Fitting:
             stages.train(self.job, run, self.placement, self.trace, hooks, self.say)
         except (Stopped, stages.NotFinite) as error:
             self._give_up(run, error)
+        self.placement.settle(run.model)
         run.finish()
         self.placement.whole(run.model, model)
         return run.notes

@@ -25,10 +25,11 @@ class Scores:
 def scores(report: Report) -> Scores:
     """A row for each split; a metric has a second value, after calibration, where that changes it anywhere."""
     before, after = report.splits, flat(report.calibrated)
+    both = [split for split in before if split in after]
     named = list(dict.fromkeys(name for told in before.values() for name in told if name != "n"))
     named.sort(key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
     changed = {
-        name: any(shown(name, told.get(name)) != shown(name, before[split].get(name)) for split, told in after.items())
+        name: any(shown(name, after[split].get(name)) != shown(name, before[split].get(name)) for split in both)
         for name in named
     }
     rows = []

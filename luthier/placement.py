@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,7 +41,8 @@ class Placement:
         self.processes: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
-        self.sharded: bool = str(self._accelerator.distributed_type).endswith("FSDP")
+        # "accelerate launch --use_fsdp" says so in the environment; on a CPU Accelerate itself does not listen.
+        self.sharded: bool = self.processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
     def described(self) -> dict[str, Any]:
         """Device, processes and precision, as plain values."""
@@ -70,6 +72,13 @@ class Placement:
         else:
             placed = model.to(self.device)
         return torch.compile(placed) if self._compile else placed  # type: ignore[return-value]
+
+    def settle(self, model: nn.Module) -> None:
+        """Sharded modules let go of the whole weights that their last forward pass gathered."""
+        if self.sharded:
+            for module in model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
 
     def whole(self, trained: nn.Module, plain: nn.Module) -> None:
         """Puts the weights of ``trained``, whole again where they were sharded, into ``plain``, in place."""
