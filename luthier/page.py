@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from luthier import page_tables, page_words, plots, plots_curves
 from luthier.jsonfile import write_whole
 from luthier.report import Report, flat
-from luthier.svg import clipped
+from luthier.svg import clipped, tidy
 from luthier.units import count, duration, size
 
 TEXT_LETTERS = 280  # of a mistake's text
@@ -100,14 +100,18 @@ def _movement(report: Report) -> list[Figure]:
     if not moved:
         return []
     most, least = max(moved, key=lambda row: row.relative), min(moved, key=lambda row: row.relative)
-    told = f"The {most.name} moved most for its size, in {most.stage}: {100 * most.relative:.2g}\u00a0% of its norm."
+    told = f"The {most.name} moved most for its size, in {most.stage}: {_percent(most.relative)}\u00a0% of its norm."
     if least != most:
-        told += f" {least.name.capitalize()} in {least.stage} moved least: {100 * least.relative:.2g}\u00a0%."
+        told += f" {least.name.capitalize()} in {least.stage} moved least: {_percent(least.relative)}\u00a0%."
     absolute = plots.movement(report.movement, absolute=True, name="distance")
     return [
         Figure(plots.movement(report.movement), told + " No bar: did not move."),
         Figure(absolute, "The same change as a distance, not relative to the layer's own norm."),
     ]
+
+
+def _percent(share: float) -> str:
+    return tidy(float(f"{100 * share:.2g}"))
 
 
 def _scatter(report: Report) -> list[Figure]:

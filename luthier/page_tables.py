@@ -106,9 +106,13 @@ def plans(plan: Mapping[str, Any]) -> list[StagePlan]:
         rows = stage.get("rows_by_depth")
         if rows:
             parts = {name: stage.get("memory", {}).get(name) for name in _PARTS}
-            memory = {name: size for name, size in parts.items() if size is not None}
+            memory = {name: size for name, size in parts.items() if size}
             words = tuple(stage.get("ingredients", ()))
-            told.append(StagePlan(stage["name"], _about(stage), words, tuple(_depths(rows)), memory))
+            told.append(
+                StagePlan(
+                    stage["name"], _about(stage), words, tuple(_depths(rows, stage.get("solver") == "exact")), memory
+                )
+            )
     return told
 
 
@@ -123,7 +127,7 @@ def _about(stage: Mapping[str, Any]) -> str:
     return " ".join(filter(None, parts)) + (f", peak rate {tidy(rate)}" if rate else "")
 
 
-def _depths(rows: Sequence[Mapping[str, Any]]) -> list[DepthRow]:
+def _depths(rows: Sequence[Mapping[str, Any]], solved: bool) -> list[DepthRow]:
     """The head on top; a row for each depth and rate, and one for blocks side by side that learn alike."""
     peak = max((row["lr"] for row in rows if row["trainable"]), default=0.0) or 1.0
     merged: dict[tuple[int, float], dict[str, Any]] = {}
@@ -140,6 +144,8 @@ def _depths(rows: Sequence[Mapping[str, Any]]) -> list[DepthRow]:
         decay = " or ".join(f"{value:g}" for value in sorted(one["decays"], reverse=True))
         rate = tidy(one["rate"]) if one["trainable"] else "frozen"
         this = DepthRow(one["name"], one["weights"], rate, one["rate"] / peak, decay, ", ".join(one["by"]))
+        if solved and one["trainable"]:
+            this = replace(this, rate="solved", share=0.0, decay="")
         last = told[-1] if told else None
         blocks = last is not None and last.name.startswith("block") and this.name.startswith("block ")
         if last and blocks and (last.rate, last.decay, last.set_by) == (this.rate, this.decay, this.set_by):

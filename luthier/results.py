@@ -13,7 +13,7 @@ from luthier.report import Movement, Report, StageReport
 from luthier import evaluate
 from luthier.core.context import Progress, Shelf
 from luthier.core.ingredient import Findings, Outputs
-from luthier.folder import RunFolder
+from luthier.folder import RunFolder, environment
 from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.outputs import adjusted, by_split, logits, scores
@@ -83,6 +83,7 @@ def conclude(
         warnings=tuple(dict.fromkeys(notes)),
         seconds=seconds,
         path=str(folder.path) if folder else None,
+        environment={**placement.described(), **environment()},
         **_pictures(job, outputs, after),
     )
     if folder and placement.main:

@@ -72,8 +72,8 @@ def _own(tag: str, name: str) -> str:
 
 
 def smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The centred moving average over a twentieth of the values, over fewer at the ends."""
-    half = len(values) // 40
+    """The centred moving average over a twentieth of the values, three at the least; over fewer at the ends."""
+    half = max(1, len(values) // 40) if len(values) >= 8 else 0
     total = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     first, last = np.maximum(0, at - half), np.minimum(len(values), at + half + 1)
@@ -109,9 +109,11 @@ def once(axes: Axes, label: str) -> str:
 
 
 def tidy(value: float) -> str:
-    """A number without needless zeros.
+    """A number to three digits without needless zeros.
 
-    >>> tidy(1e-05), tidy(0.25)
-    ('1e-5', '0.25')
+    >>> tidy(1e-05), tidy(0.25), tidy(9800.0), tidy(1e7)
+    ('1e-5', '0.25', '9,800', '1e7')
     """
+    if 1000 <= abs(value) < 1e6:
+        return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")

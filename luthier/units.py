@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def memory_peak(device: torch.device) -> int:
     """The most memory in use so far, in bytes: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

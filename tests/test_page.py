@@ -278,6 +278,19 @@ def test_blocks_that_learn_alike_are_one_row_of_the_plan_and_decay_is_told_once(
     ]
 
 
+def test_a_solved_head_has_no_rate() -> None:
+    same = {"weights": 5, "weight_decay": 0.0, "set_by": ["stage"]}
+    rows = [
+        {"depth": 0, "name": "block 0", "trainable": False, "lr": 0.0, **same},
+        {"depth": 1, "name": "head", "trainable": True, "lr": 2e-5, **same},
+    ]
+    stage = {"name": "probe", "solver": "exact", "rows_by_depth": rows, "memory": {"weights": 9, "gradients": 0}}
+    (found,) = page_tables.plans({"stages": [stage]})
+    assert found.about == "the head is solved exactly, without steps"
+    assert [(one.name, one.rate, one.share) for one in found.rows] == [("head", "solved", 0), ("block 0", "frozen", 0)]
+    assert found.memory == {"weights": 9}
+
+
 def test_a_plan_of_another_shape_is_left_out() -> None:
     assert page_tables.plans({"stages": [{"name": "x"}]}) == []
     assert page_tables.plans({}) == []
@@ -286,7 +299,7 @@ def test_a_plan_of_another_shape_is_left_out() -> None:
 def test_a_mean_that_moves_over_a_constant_is_that_constant_and_short_series_are_themselves() -> None:
     assert smoothed(np.full(200, 0.5)).tolist() == pytest.approx([0.5] * 200, abs=1e-12)
     assert smoothed(np.array([1.0, 3.0])).tolist() == [1.0, 3.0]
-    # 40 values: each is averaged with one neighbour on either side, at the ends with the one there is
+    # up to 79 values: each is averaged with one neighbour on either side, at the ends with the one there is
     assert smoothed(np.arange(40.0))[[0, 1, 39]].tolist() == [0.5, 1.0, 38.5]
 
 

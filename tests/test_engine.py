@@ -1,0 +1,307 @@
+"""fit from end to end on a tiny model: what is saved, what is told, what stops it, and that the three doors are one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import luthier
+from luthier import frozen, stages
+from luthier.core.anatomy import Anatomy
+from luthier.core.ingredient import Ingredient, ingredient
+from luthier.errors import LuthierError
+from luthier.job import prepare
+from luthier.narrate import Silent
+from luthier.outputs import logits
+from luthier.placement import Placement
+from luthier.sources.models import load
+from luthier.sources.tasks import Classification
+from luthier.sources.text import collate
+from tests.little import recipe, same, sentences, weights
+from tests.tinyfolder import tiny_folder
+
+BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    report = luthier.fit(recipe([*BASE, "temperature"], probe=True, steps=12), model=tiny_model, data=sentences(), out=out)
+    return out, report
+
+
+def test_the_run_folder_holds_what_it_should(finished):
+    out, _ = finished
+    names = {path.name for path in out.iterdir()}
+    assert {"recipe.yaml", "plan.json", "environment.json", "log.jsonl", "report.json", "report.html", "model"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    told = json.loads((out / "environment.json").read_text())
+    assert told["identity"].keys() == {"recipe", "data", "model", "seed"}
+    assert told["versions"]["torch"] == torch.__version__
+
+
+def test_report_json_has_the_fields_that_are_promised(finished):
+    out, _ = finished
+    told = json.loads((out / "report.json").read_text())
+    for split in ("validation", "test"):
+        assert told["metrics"][split].keys() >= {"accuracy", "f1_macro", "nll", "brier", "ece", "n"}
+        assert told["calibrated"][split].keys() == told["metrics"][split].keys()
+    assert {"name", "steps", "seconds", "examples_per_second", "trainable_parameters", "peak_memory_bytes"} <= told["stages"][0].keys()
+    assert [stage["steps"] for stage in told["stages"]] == [0, 12]
+    assert {"seed", "recipe_digest", "warnings"} <= told.keys()
+
+
+def test_the_recipe_that_is_saved_means_the_same_run(finished, tiny_model, tmp_path):
+    out, report = finished
+    again = luthier.fit(str(out / "recipe.yaml"), model=tiny_model, data=sentences(), out=tmp_path / "again")
+    assert again.recipe_digest == report.recipe_digest
+    assert same(weights(out), weights(tmp_path / "again"))
+
+
+def test_the_saved_model_loads_with_plain_transformers_and_gives_our_logits(finished):
+    out, report = finished
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    words = ["good fine film", "bad awful book the cast was poor"]
+    with torch.no_grad():
+        theirs = model(**tokenizer(words, padding=True, return_tensors="pt")).logits.numpy()
+    told = luthier.predict(out, pd.DataFrame({"text": words}))
+    scaled = theirs * np.asarray(report.calibration["scale"])
+    likely = np.exp(scaled) / np.exp(scaled).sum(1, keepdims=True)
+    assert np.abs(likely - told.probabilities).max() < 1e-5
+    assert told.labels == [("bad", "good")[at] for at in theirs.argmax(1)]
+
+
+def test_a_fit_leaves_the_global_generators_as_they_were(tiny_model):
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    luthier.fit(recipe(BASE), model=tiny_model, data=sentences())
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(tiny_model, tmp_path):
+    for at, out in enumerate(("one", "two", "other")):
+        torch.manual_seed(at)
+        luthier.fit(recipe(BASE), model=tiny_model, data=sentences(), out=tmp_path / out, seed=7 if out != "other" else 8)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+
+
+def test_evaluating_more_often_changes_no_bit(tiny_model, tmp_path):
+    """Ten steps as two epochs with a validation after each, and as ten steps of a data set without validation in between."""
+    luthier.fit(recipe(BASE, steps=10), model=tiny_model, data=sentences(), out=tmp_path / "often")
+    real = stages._validate
+    try:
+        stages._validate = lambda *args: None
+        luthier.fit(recipe(BASE, steps=10), model=tiny_model, data=sentences(), out=tmp_path / "never")
+    finally:
+        stages._validate = real
+    assert same(weights(tmp_path / "often"), weights(tmp_path / "never"))
+
+
+@ingredient
+class PlainSGD(Ingredient):
+    """SGD, which hides no wrong gradient scale, in double precision."""
+
+    def touches(self):
+        from luthier.core.claims import Place, owns
+
+        return (owns(Place.OPTIMIZER),)
+
+    def surgery(self, model, ctx):
+        model.double()
+
+    def optimizer(self, inner, ctx):
+        return inner
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_micro_batches_add_up_to_the_big_batch(micro, tmp_path):
+    """SGD in float64 without dropout: a wrong weight of one micro-batch would show in the third digit; here the twelfth agrees."""
+    folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
+    ends = []
+    for size in (None, micro):
+        stage = luthier.Stage(ingredients=(PlainSGD(),), steps=5, learning_rate=0.5, batch_size=7, micro_batch=size)
+        job = prepare(luthier.Recipe(name="sum", stages=(stage,), max_length=16), model=folder, data_source=sentences())
+        model = job.loaded.model.double()
+        run, _ = stages.attach(job, job.plan.stages[0], model, Placement())
+        quiet = stages.Hooks(save=lambda *a: None, stop=lambda: False, log=lambda v: None)
+        stages.train(job, run, Placement(), stages.Trace(), quiet, Silent())
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert not torch.equal(ends[0]["classifier.weight"], load(folder, Classification(("bad", "good")), seed=0).model.state_dict()["classifier.weight"].double())
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_three_doors_end_on_the_same_bits(tmp_path):
+    """fit, begin in one's own loop, and transformers.Trainer, on the same batches, without dropout."""
+    import transformers
+
+    from luthier.hosts import hf
+
+    folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
+    made = recipe(BASE, steps=6)
+    luthier.fit(made, model=folder, data=sentences(), out=tmp_path / "fit")
+
+    def fresh():
+        job = prepare(made, model=folder, data_source=sentences())
+        plan, train = job.plan.stages[0], job.encoded["train"]
+        batches = [collate(train, rows, pad_id=job.pad_id) for _, rows, _ in stages.steps(plan, 0)]
+        run = luthier.begin(
+            job.loaded.model,
+            [luthier.Anneal(warmup=0.2), luthier.AdamW(), luthier.Clip()],
+            learning_rate=1e-3,
+            steps=6,
+            loss=lambda model, batch: job.task.loss(
+                model(**{key: value for key, value in batch.items() if key != "labels"}).logits, batch["labels"]
+            ),
+        )
+        return job.loaded.model, run, batches
+
+    own, run, batches = fresh()
+    for batch in batches:
+        run.loss(own, batch).backward()
+        run.step()
+    run.finish()
+
+    theirs, run, batches = fresh()
+    args = transformers.TrainingArguments(
+        str(tmp_path / "hf"), max_steps=6, max_grad_norm=0, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=1, remove_unused_columns=False,
+    )  # fmt: skip
+    parts = hf.parts(run, args)
+    trainer = parts.Trainer(
+        theirs, args, train_dataset=batches, data_collator=lambda items: items[0], optimizers=parts.optimizers, callbacks=parts.callbacks
+    )
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(batches, collate_fn=lambda items: items[0])
+    trainer.train()
+    run.finish()
+
+    ended = weights(tmp_path / "fit")
+    for name, value in own.state_dict().items():
+        if name in ended:
+            assert torch.equal(value, ended[name]), name
+            assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_the_trainer_is_refused_a_clip_that_the_plan_did_not_ask_for(tiny_model, tmp_path):
+    import transformers
+
+    from luthier.hosts import hf
+
+    model = load(tiny_model, Classification(("a", "b")), seed=0).model
+    run = luthier.begin(model, [luthier.AdamW()], steps=3)
+    args = transformers.TrainingArguments(str(tmp_path), max_grad_norm=1.0, max_steps=4, report_to=[], use_cpu=True)
+    with pytest.raises(LuthierError, match="args.max_grad_norm") as caught:
+        hf.parts(run, args)
+    assert len(caught.value.faults) == 2
+
+
+@ingredient
+class Explodes(Ingredient):
+    """A loss that is not a number at the third step."""
+
+    def loss(self, inner, ctx):
+        return lambda model, batch: inner(model, batch) * (float("nan") if ctx.progress.step == 2 else 1.0)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_good_weights(tiny_model, tmp_path):
+    stage = luthier.Stage(ingredients=(Explodes(),), steps=6, learning_rate=1e-3, batch_size=8)
+    made = luthier.Recipe(name="nan", stages=(stage,), max_length=16)
+    from luthier.recipe import registry
+
+    registry.INGREDIENTS["test_engine"] = f"{__name__}:Explodes"
+    try:
+        with pytest.raises(LuthierError, match="step 3  the loss must be a finite number; got nan") as caught:
+            luthier.fit(made, model=tiny_model, data=sentences(), out=tmp_path / "run")
+    finally:
+        del registry.INGREDIENTS["test_engine"]
+    assert caught.value.exit_code == 1
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("stage-0-step-*")
+    state = torch.load(kept / "state.pt", weights_only=True)
+    assert state["run"]["step"] == 2
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+
+
+def test_frozen_layers_are_run_once_and_training_ends_where_it_would_have(tmp_path):
+    """The kept outputs come from other batches, so they differ from computed ones by float32 rounding, which Adam amplifies."""
+    folder = tiny_folder(tmp_path / "tiny", layers=3)
+    made = recipe([{"freeze": {"keep": ["head", "top:1"]}}, *BASE], steps=14)
+    report = luthier.fit(made, model=folder, data=sentences(), out=tmp_path / "kept")
+    assert any("2 frozen blocks are computed once" in note for note in report.stages[0].notes)
+    real = frozen.LIMIT
+    try:
+        frozen.LIMIT = 0
+        other = luthier.fit(made, model=folder, data=sentences(), out=tmp_path / "computed")
+    finally:
+        frozen.LIMIT = real
+    assert any("are computed anew each step" in note for note in other.stages[0].notes)
+    one, two = weights(tmp_path / "kept"), weights(tmp_path / "computed")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_layers_run_once_a_row(tmp_path, monkeypatch):
+    folder = tiny_folder(tmp_path / "tiny", layers=3)
+    made = recipe([{"freeze": {"keep": ["head", "top:1"]}}, *BASE], steps=24)
+    job = prepare(made, model=folder, data_source=sentences())
+    run, inner = stages.attach(job, job.plan.stages[0], job.loaded.model, Placement())
+    stages.keep_frozen(job, run, inner, Placement(), Silent())
+    seen = []
+    run.model.get_submodule("bert.encoder.layer.0.attention").register_forward_hook(lambda *args: seen.append(1))
+    monkeypatch.setattr(stages, "_validate", lambda *args: None)
+    stages.train(job, run, Placement(), stages.Trace(), stages.Hooks(lambda *a: None, lambda: False, lambda v: None), Silent())
+    assert run.progress.step == 24
+    assert seen == []
+
+
+def test_a_solved_head_gives_the_solvers_logits(tiny_model):
+    """logits of the whole model == features @ weight.T + bias to 1e-5."""
+    made = luthier.fit(recipe(BASE, probe=True, steps=1), model=tiny_model, data=sentences())
+    assert made.stages[0].solver == "exact"
+    job = prepare(recipe(BASE, probe=True), model=tiny_model, data_source=sentences())
+    model, plan = job.loaded.model, job.plan.stages[0]
+    stages.solve(job, plan, model, Placement(), stages.Trace(), Silent())
+    with frozen.read_out(model, Anatomy.of(model)):
+        features = logits(model, job.encoded["test"], pad_id=job.pad_id).astype(np.float64)
+    linear = model.classifier
+    told = features @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+    assert np.abs(told - logits(model, job.encoded["test"], pad_id=job.pad_id)).max() < 1e-5
+
+
+def test_regression_runs_from_numbers_to_scatter(tiny_model, tmp_path):
+    rows = sentences(60)
+    rows["label"] = [len(text.split()) + 0.5 for text in rows["text"]]
+    made = recipe(BASE, probe=True, steps=20)
+    report = luthier.fit(made, model=tiny_model, data=rows, out=tmp_path / "run")
+    assert report.task == "regression"
+    assert report.metrics["test"].keys() >= {"rmse", "mae", "pearson", "spearman", "n"}
+    assert report.calibrated == {}
+    assert report.scatter and len(report.scatter[0]) == 2
+    spread = float(np.std(rows["label"]))
+    assert report.metrics["test"]["rmse"] < 2 * spread
+
+
+def test_the_report_says_how_far_each_depth_moved(finished):
+    _, report = finished
+    probe = {row.name: row for row in report.movement if row.stage == "probe"}
+    tuned = {row.name: row for row in report.movement if row.stage == "finetune"}
+    assert probe["head"].distance > 0
+    assert all(row.distance == 0 for name, row in probe.items() if name != "head")
+    assert all(row.distance > 0 for row in tuned.values())
+
+
+def test_named_shifted_splits_are_measured_and_never_chosen_on(tiny_model, tmp_path):
+    sentences(20, seed=5).to_csv(tmp_path / "far.csv", index=False)
+    report = luthier.fit(recipe([*BASE, "temperature"]), model=tiny_model, data=sentences(), ood={"far": str(tmp_path / "far.csv")})
+    assert report.metrics["ood"]["far"]["n"] == 20
+    assert report.calibrated["ood"]["far"]["accuracy"] == report.metrics["ood"]["far"]["accuracy"]
