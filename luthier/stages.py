@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from luthier import frozen, head
 from luthier.core.closure import Closure
 from luthier.core.ingredient import Outputs
-from luthier.core.seeds import derive
+from luthier.core.seeds import derive, reseed
 from luthier.errors import Fault, RunError
 from luthier.job import Job
 from luthier.narrate import Narrator
@@ -282,7 +282,7 @@ def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: 
 
     def before(number: int) -> None:
         seed = derive(job.recipe.seed, "dropout", plan.index, step, number, placement.rank)
-        torch.manual_seed(seed)
+        reseed(seed, placement.device)
         quick.reseed(seed)
 
     return Closure(

@@ -35,3 +35,13 @@ def borrowed(seed: int, *names: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, *names))
         yield
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Sets the global generator that a forward pass on ``device`` draws from.
+
+    ``torch.manual_seed`` does so for every kind of device, and keeps a stack trace for each that has not begun: a millisecond a call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -38,11 +38,12 @@ class Temperature(Ingredient):
             ctx.note("temperature is for classification; predictions of numbers are left as they are.")
             return None
         fit = fit_temperature(split.logits, split.targets)
-        values = {"temperature": fit.value, "nll_before": fit.nll_before, "nll_after": fit.nll_after}
         if fit.at_bound:
+            unused = {"temperature": 1.0, "nll_before": fit.nll_before, "nll_after": fit.nll_before}
             why = "every row is right, or they are no better than chance"
             note = f"the best temperature lies outside {LOWEST:g} to {HIGHEST:g} ({why}), so none is used."
-            return Findings(values, notes=(note,))
+            return Findings(unused, notes=(note,))
+        values = {"temperature": fit.value, "nll_before": fit.nll_before, "nll_after": fit.nll_after}
         rows = len(split.targets)
         few = f"the temperature is fitted on {rows} validation rows; with fewer than {FEW} it may not help on new ones."
         return Findings(values, scale=(1.0 / fit.value,), notes=(few,) if rows < FEW else ())

@@ -184,4 +184,6 @@ def test_when_every_row_is_right_no_temperature_is_used() -> None:
     # The colder the better without end: there is no best temperature, and a cold one says "certain" of every test row.
     found = measured({"validation": Outputs(np.tile([0.0, 4.0], (60, 1)), np.ones(60, dtype=np.int64))})
     assert found.scale is None
+    assert found.values["temperature"] == 1.0
+    assert found.values["nll_after"] == found.values["nll_before"]
     assert "lies outside 0.05 to 20" in found.notes[0]
