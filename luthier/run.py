@@ -88,7 +88,11 @@ class Run:
 
     def closure(self, *batches: Any) -> Closure:
         """The closure of one step over ``batches``, for loops of one's own."""
-        return Closure(self.forward, self.loss, batches)
+        return Closure(self.forward, self.loss, batches, before=self.begin_part)
+
+    def begin_part(self, number: int) -> None:
+        """Says that micro-batch ``number`` of the step is evaluated next, so that its noise is the same at every evaluation."""
+        self.progress.part = number
 
     def offer(self, closure: Closure) -> Tensor:
         """Evaluates the step's data: leaves gradients, or whatever the stage's step needs. Returns the loss, shape ()."""
@@ -110,6 +114,7 @@ class Run:
     def advance(self) -> None:
         """Counts a step that was taken, and wakes the weights that are due; for trainers that step by themselves."""
         self.progress.step += 1
+        self.progress.part = 0
         self._wake()
 
     def finish(self) -> Anatomy:
@@ -156,16 +161,17 @@ class Run:
 
     def _surgery(self) -> None:
         entries = self._ordered()
+        anatomy = Anatomy.of(self.model, self.plan.family)  # the plan's own is that of the model after surgery
         first = [entry for entry in entries if entry.owns(Place.START_WEIGHTS)]
         for entry in first:
-            entry.ingredient.surgery(self.model, self._context(entry))
+            entry.ingredient.surgery(self.model, self._context(entry, anatomy))
         if any(entry.claims_any(Place.REFERENCE) for entry in entries):
-            parts = Anatomy.of(self.model, self.plan.family).parts
+            parts = anatomy.parts
             weights = dict(self.model.named_parameters())
             self._start = {part.canonical: weights[part.name].detach().clone() for part in parts}
         for entry in entries:
             if entry not in first:
-                entry.ingredient.surgery(self.model, self._context(entry))
+                entry.ingredient.surgery(self.model, self._context(entry, anatomy))
 
     def _ordered(self) -> list[Entry]:
         """Those that change the model's structure first, so that they are undone last."""
@@ -196,7 +202,15 @@ class Run:
     def _chain(self, loss: LossFn) -> LossFn:
         for entry in self.plan.entries:
             loss = entry.ingredient.loss(loss, self._context(entry))
-        return loss
+        chain, progress = loss, self.progress
+
+        def counted(model: nn.Module, batch: Any) -> Tensor:
+            progress.turn += 1
+            value = chain(model, batch)
+            progress.part += 1
+            return value
+
+        return counted
 
     def _optimize(self) -> Optimizer:
         optimizer = plain(self.plan.table, self._weights)
@@ -204,9 +218,9 @@ class Run:
             optimizer = entry.ingredient.optimizer(optimizer, self._context(entry))
         return optimizer
 
-    def _context(self, entry: Entry) -> Context:
+    def _context(self, entry: Entry, anatomy: Anatomy | None = None) -> Context:
         return Context(
-            self.plan.anatomy,
+            anatomy or self.plan.anatomy,
             self.progress,
             self.seed,
             entry.key,

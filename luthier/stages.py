@@ -282,6 +282,7 @@ def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: 
 
     def before(number: int) -> None:
         seed = derive(job.recipe.seed, "dropout", plan.index, step, number, placement.rank)
+        run.begin_part(number)
         reseed(seed, placement.device)
         quick.reseed(seed)
 

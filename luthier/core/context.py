@@ -76,10 +76,19 @@ class Shelf:
 
 @dataclass
 class Progress:
-    """Where the stage stands: ``step`` optimizer steps done of ``steps``."""
+    """Where the stage stands.
+
+    Args:
+        steps: optimizer steps of the stage.
+        step: steps done.
+        part: number of the micro-batch of this step that is being evaluated.
+        turn: evaluations of the loss so far, whatever for; not the same in a run that was gone on with.
+    """
 
     steps: int
     step: int = 0
+    part: int = 0
+    turn: int = 0
 
     @property
     def fraction(self) -> float:

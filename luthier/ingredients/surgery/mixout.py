@@ -1,0 +1,138 @@
+"""Mixout: at each training forward pass some weights are the start weights again.
+
+Source: Lee, Cho, Kang, ICLR 2020 (arXiv:1909.11299), equation 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from luthier.core.claims import Claim, Place, needs, owns
+from luthier.core.context import Context, Tensors
+from luthier.core.ingredient import Ingredient, ingredient
+from luthier.core.table import ParamTable
+
+
+def mixed(weight: Tensor, target: Tensor, kept: Tensor, p: float) -> Tensor:
+    """U + M (W - U) / (1 - p): the target where M is 0, and so scaled where M is 1 that the mean over M is W.
+
+    Args:
+        weight: W, shape (out, in).
+        target: U, the same shape.
+        kept: M, 1 with probability 1 - p, broadcast over the shape.
+        p: share of W that is put back, in [0, 1]; at 1 the result is U.
+    Source: equation 5.
+    Differs: the authors' code gives the gradient M, without the factor 1 / (1 - p); this is the true one.
+    """
+    return target if p == 1.0 else target + kept * (weight - target) / (1.0 - p)
+
+
+class Mixing(nn.Module):
+    """The parametrization of one weight. Its target is a buffer, so it is saved and moved with the model.
+
+    The mask is drawn from the ingredient's own stream, named by the weight, the step, the micro-batch and the number of the
+    forward pass inside the evaluation: the same evaluation made twice sees the same masks.
+    """
+
+    target: Tensor
+
+    def __init__(self, target: Tensor, *, p: float, shape: tuple[int, ...], name: str, ctx: Context) -> None:
+        super().__init__()
+        self.register_buffer("target", target)
+        self._p, self._shape, self._name, self._ctx = p, shape, name, ctx
+        self._turn, self._passes = -1, 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training or self._p == 0.0:
+            return weight
+        progress = self._ctx.progress
+        if progress.turn != self._turn:
+            self._turn, self._passes = progress.turn, 0
+        draw = self._ctx.rng(self._name, progress.part, self._passes, device=weight.device)
+        self._passes += 1
+        kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device).bernoulli_(1.0 - self._p, generator=draw)
+        return mixed(weight, self.target, kept, self._p)
+
+
+@ingredient
+class Mixout(Ingredient):
+    """Mixes the weights of linear layers with those they started from; biases, norms and embeddings are left alone.
+
+    Args:
+        p: the chance that a weight is put back.
+        mask: ``column`` draws once for each input of a layer, as in the paper; ``element`` once for each weight.
+        where: selectors of the weights.
+        dropout: whether dropout inside the blocks stays on; the paper's mixout takes its place.
+    """
+
+    p: Annotated[float, Field(ge=0, le=1)] = 0.1
+    mask: Literal["column", "element"] = "column"
+    where: Annotated[tuple[str, ...], Field(min_length=1)] = ("backbone",)
+    dropout: bool = False
+
+    def touches(self) -> tuple[Claim, ...]:
+        return (owns(Place.FORWARD_WEIGHTS, *self.where), needs(Place.NOISE))
+
+    def surgery(self, model: nn.Module, ctx: Context) -> None:
+        chosen = frozenset().union(*(ctx.anatomy.select(selector) for selector in self.where))
+        tied = _tied(model)
+        for name, module, transposed in _linears(model):
+            if f"{name}.weight" not in chosen:
+                continue
+            if id(module.weight) in tied:
+                ctx.note(f"mixout leaves {name} alone: its weight is tied to another module")
+                continue
+            weight = module.weight
+            column = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
+            shape = column if self.mask == "column" else tuple(weight.shape)
+            mixing = Mixing(weight.detach().clone(), p=self.p, shape=shape, name=name, ctx=ctx)
+            parametrize.register_parametrization(module, "weight", mixing, unsafe=True)
+        if self.p and not self.dropout:
+            before = {name: torch.tensor(module.p) for name, module in _dropouts(model, ctx)}
+            ctx.keep("dropout", lambda: Tensors(before))
+            for _, module in _dropouts(model, ctx):
+                module.p = 0.0
+
+    def finish(self, model: nn.Module, ctx: Context) -> None:
+        for _, module, _ in list(_linears(model)):
+            if parametrize.is_parametrized(module, "weight") and any(
+                isinstance(one, Mixing) for one in module.parametrizations.weight  # type: ignore[union-attr]
+            ):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for name, p in ctx.keep("dropout", Tensors).items():
+            model.get_submodule(name).p = float(p)
+
+    def state_bytes(self, table: ParamTable) -> int:
+        chosen = table.select(self.where)
+        rows = [row.part for row in table.rows if row.name in chosen and row.part.kind == "weight" and row.part.depth]
+        return sum(part.bytes for part in rows if len(part.shape) == 2)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Linear layers as (name, module, whether the weight is (in, out) as in GPT-2's Conv1D)."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__.removeprefix("Parametrized")
+        if isinstance(module, nn.Linear) or kind == "Conv1D":
+            yield name, module, kind == "Conv1D"
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """The ids of weights that have more than one name."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for _, weight in model.named_parameters(remove_duplicate=False):
+        (twice if id(weight) in seen else seen).add(id(weight))
+    return twice
+
+
+def _dropouts(model: nn.Module, ctx: Context) -> Iterator[tuple[str, nn.Dropout]]:
+    """Dropout modules inside the blocks."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and name.startswith(tuple(f"{block}." for block in ctx.anatomy.block_names)):
+            yield name, module
