@@ -82,7 +82,7 @@ def test_the_share_dropped_lies_within_four_sigma_of_the_chance() -> None:
 
 
 def test_neighbouring_draws_are_uncorrelated() -> None:
-    # The lag-1..4 correlation of n independent draws has sigma 1 / sqrt(n); four lags, because a word of the stream holds four.
+    # A correlation of n independent draws has sigma 1 / sqrt(n); lags 1 to 4, because a number of the stream gives four.
     n = 400_000
     kept = QuickRandom(5).keep((n,), 0.3).double()
     z = (kept - kept.mean()) / kept.std()
@@ -235,7 +235,7 @@ def test_a_learned_mask_receives_its_gradient() -> None:
 @needs_onednn
 @pytest.mark.parametrize("how", ["plain", "strided", "tied bias", "expanded gradient"])
 def test_linear_is_torchs_up_to_rounding(how: str) -> None:
-    # float32, sums of 48 to 64 terms of size one: rounding is near 1e-6; a wrong stride or transpose gives errors near one.
+    # float32, sums of 32 to 64 terms of size one: rounding is near 1e-6; a wrong stride gives errors near one.
     x, w, b = (t.float() for t in (uniform(4, 16, 48), uniform(32, 48, seed=1), uniform(32, seed=2)))
     results = []
     for product in (linear, F.linear):
@@ -280,7 +280,7 @@ def test_evaluation_is_bit_identical() -> None:
 
 
 def test_every_dropout_of_bert_draws_from_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Embeddings 1, a layer 2 (attention output, feed-forward output), the pooled vector 1, and attention weights once a layer.
+    # Embeddings 1; a layer 2 (attention output, feed-forward output) and its attention weights; the pooled vector 1.
     drawn: list[tuple[int, ...]] = []
     keep = QuickRandom.keep
     monkeypatch.setattr(QuickRandom, "keep", lambda self, shape, p: drawn.append(tuple(shape)) or keep(self, shape, p))
@@ -316,11 +316,11 @@ def test_the_mean_over_seeds_of_a_linear_models_output_is_its_undropped_output()
 
 def test_the_global_generators_are_untouched() -> None:
     model = bert().train()
-    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
     with quicken(model, QuickRandom(0)):
         logits(model).sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == numpys).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpys).all()
 
 
 def test_names_and_modules_stay_and_removal_restores_all() -> None:

@@ -14,6 +14,7 @@ import luthier
 from luthier import checkpoint
 from luthier.errors import LuthierError
 from luthier.narrate import Silent
+from luthier.recipe.text import build
 from tests.little import Counts, KillsItself, in_a_child, recipe, same, sentences, weights
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
@@ -53,6 +54,27 @@ def test_killed_at_random_moments_and_resumed_ends_on_the_same_bits(kind, tiny_m
         assert again.metrics == whole.metrics
         assert again.curves["loss"] == whole.curves["loss"]
         assert [stage.steps for stage in again.stages] == [stage.steps for stage in whole.stages]
+
+
+@pytest.mark.parametrize("first", ["mixout", "lora"])
+def test_a_stage_after_one_that_changed_the_modules_goes_on_to_the_same_bits(first, tiny_model, tmp_path):
+    """The order of the weights, which optimizer state and norms depend on, must be what it was before the first stage."""
+    stages = [
+        {"name": "first", "steps": 3, "lr": 1e-3, "batch_size": 8, "ingredients": [KINDS[first][0][0], "adamw"]},
+        {"name": "second", "steps": 4, "lr": 1e-3, "batch_size": 8, "ingredients": ["adamw", "clip"]},
+    ]
+    made = build({"name": "two", "max_length": 16, "stages": stages}, inside="a test")
+
+    def run(out: Path, **more):
+        return luthier.fit(made, model=tiny_model, data=sentences(), out=out, save_every=1, **more)
+
+    counts = Counts()
+    run(tmp_path / "whole", narrator=counts)
+    for after in (counts.said - 12, counts.said - 9):
+        out = tmp_path / f"killed-{after}"
+        assert in_a_child(lambda: run(out, narrator=KillsItself(after))) == signal.SIGKILL  # noqa: B023
+        run(out, resume=True)
+        assert same(weights(tmp_path / "whole"), weights(out))
 
 
 def test_a_log_of_a_resumed_run_has_every_step_once(tiny_model, tmp_path):

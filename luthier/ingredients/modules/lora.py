@@ -34,7 +34,8 @@ class LoRA(Ingredient):
         r: rank of B A.
         alpha: the product is scaled by alpha / r (alpha / sqrt(r) with ``rslora``).
         dropout: on the adapter's input.
-        target: names that modules end with, such as ``query``; ``all-linear``; empty for PEFT's own choice for the family.
+        target: names that modules end with, such as ``query``; ``all-linear``; empty for PEFT's own choice for the family,
+            or all linear layers of the blocks where it has none.
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         dora: the product changes W's direction only (Liu et al. 2024, arXiv:2402.09353).
     """
@@ -87,11 +88,8 @@ class LoRA(Ingredient):
 
         kind = getattr(getattr(model, "config", None), "model_type", "")
         target: Any = list(self.target) or KNOWN.get(kind)
-        if self.target == ("all-linear",):
-            target = sorted({name for name, module in _inside(model)})
-        if not target:
-            must = f"must be given, as PEFT has no choice of its own for the family {kind!r}"
-            raise RecipeError.of([Fault("lora.target", must, do="Such as target: [q_proj, v_proj], or [all-linear].")], "lora")
+        if not target or self.target == ("all-linear",):
+            target = sorted({name for name, _ in _inside(model)})
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]

@@ -105,6 +105,8 @@ class Mixout(Ingredient):
                 isinstance(one, Mixing) for one in module.parametrizations.weight  # type: ignore[union-attr]
             ):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                for name in [name for name in module._parameters if name != "weight"]:
+                    module.register_parameter(name, module._parameters.pop(name))  # back behind the weight, where it was
         for name, p in ctx.keep("dropout", Tensors).items():
             model.get_submodule(name).p = float(p)
 
