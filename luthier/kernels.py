@@ -157,12 +157,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, bias, keep, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             out = _plain_attention(q, k, v, bias, keep, ctx.scales)
-            return (
-                *torch.autograd.grad(out, (q, k, v), grads[0], create_graph=True, allow_unused=True),
-                None,
-                None,
-                None,
-            )
+            asked = [part for part in (q, k, v) if part.requires_grad]
+            found = iter(torch.autograd.grad(out, asked, grads[0], create_graph=True))
+            return (*(next(found) if part.requires_grad else None for part in (q, k, v)), None, None, None)
         g, fq, fk, fv = _flat(grads[0], ctx.scales[1]), _flat(q, ctx.scales[0]), _flat(k, ctx.scales[0]), _flat(v)
         dq, dk, dv = torch.empty_like(fq), torch.empty_like(fk), torch.empty_like(fv)
         mask = keep.view(weights.shape)

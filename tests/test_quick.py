@@ -82,7 +82,7 @@ def test_the_share_dropped_lies_within_four_sigma_of_the_chance() -> None:
 
 
 def test_neighbouring_draws_are_uncorrelated() -> None:
-    # A correlation of n independent draws has sigma 1 / sqrt(n); lags 1 to 4, because a number of the stream gives four.
+    # The correlation of n draws has sigma 1 / sqrt(n); lags 1 to 4, because one number of the stream gives 4.
     n = 400_000
     kept = QuickRandom(5).keep((n,), 0.3).double()
     z = (kept - kept.mean()) / kept.std()
@@ -221,6 +221,16 @@ def test_the_gradients_of_attention_are_right_to_second_order(name: str) -> None
         mask = mask[:, :1]  # type: ignore[index]
     assert torch.autograd.gradcheck(dropped, parts)
     assert torch.autograd.gradgradcheck(dropped, parts)
+
+
+def test_second_order_gradients_skip_what_is_frozen() -> None:
+    q, k, v = heads()
+    q = q.detach().requires_grad_()
+
+    def dropped(part: Tensor) -> Tensor:
+        return attention(part, k, v, p=0.3, random=QuickRandom(4))
+
+    assert torch.autograd.gradgradcheck(dropped, q)
 
 
 def test_a_learned_mask_receives_its_gradient() -> None:
