@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from luthier.core.ingredient import Ingredient
+from luthier.core.stream import Stream
 from luthier.core.table import ParamTable
 from luthier.recipe.recipe import Stage
 
@@ -31,12 +32,13 @@ def forecast(
     table: ParamTable,
     ingredients: Sequence[Ingredient],
     stage: Stage,
-    lengths: Sequence[int] | None,
+    stream: Stream | None,
 ) -> Memory:
     """Memory of one step, in bytes.
 
     Activations: a block that is trained, or lies above one that is, keeps about 16 numbers a token and hidden unit and 2 numbers a
-    token, token and head for its backward pass; the longest rows are assumed.
+    token, token and head for its backward pass; the largest
+    batch of the first epoch is assumed.
     Source: Korthikanti et al., MLSys 2023 (arXiv:2205.05198), table 2, without tensor parallelism and in 4-byte numbers.
     Differs: their count is in 2-byte numbers and one-byte dropout masks; ours counts every kept number as 4 bytes.
     """
@@ -48,9 +50,8 @@ def forecast(
     hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0) or 0
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", 0) or 0
     activations = 0
-    if lengths and stage.solver == "sgd" and trained:
-        rows = min(stage.micro_batch or stage.batch_size, len(lengths))
-        longest = max(lengths)
+    if stream is not None and stream.lengths and trained:
+        rows, longest = _largest(stream, stage.micro_batch)
         lowest = min(row.part.depth for row in trained)
         layers = (
             getattr(config, "num_hidden_layers", table.anatomy.blocks) if table.anatomy.shared else table.anatomy.blocks
@@ -59,3 +60,11 @@ def forecast(
         tokens = rows * longest
         activations = 4 * kept * (16 * tokens * hidden + 2 * heads * tokens * longest)
     return Memory(weights, gradients, state, activations)
+
+
+def _largest(stream: Stream, micro_batch: int | None) -> tuple[int, int]:
+    """Rows and tokens a row of the first epoch's batch with the most tokens in one forward pass, padding counted."""
+    sizes = [
+        (min(len(rows), micro_batch or len(rows)), max(stream.lengths[row] for row in rows)) for rows in stream.epoch(0)
+    ]
+    return max(sizes, key=lambda size: size[0] * size[1])

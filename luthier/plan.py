@@ -170,7 +170,7 @@ def _stage(
     except LuthierError as error:
         faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
         return None
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: entry.owns(Place.END_WEIGHTS)):  # averages take the end of a schedule over
         try:
             table = entry.ingredient.settings(table.signed(entry.name))
         except LuthierError as error:
@@ -186,7 +186,7 @@ def _stage(
     for entry in reversed(structural):
         if entry.ingredient.uses("finish"):
             entry.ingredient.finish(shape, context(entry, anatomy, steps))
-    memory = forecast(shape, table, [entry.ingredient for entry in entries], stage, lengths)
+    memory = forecast(shape, table, [entry.ingredient for entry in entries], stage, stream)
     return StagePlan(stage, index, entries, anatomy, table, steps, stream, memory, tuple(notes), recipe.family)
 
 

@@ -114,7 +114,7 @@ def _stage_text(plan: StagePlan) -> list[str]:
     how = (
         "the head is solved exactly"
         if plan.stage.solver == "exact"
-        else f"{plan.steps} steps of {plan.stage.batch_size} rows, peak rate {plan.stage.learning_rate:g}"
+        else f"{plan.steps} steps of {_rows(plan)} rows, peak rate {plan.stage.learning_rate:g}"
     )
     lines = [
         f"stage {plan.index + 1} {plan.name!r}: {how}",
@@ -144,6 +144,14 @@ def _stage_text(plan: StagePlan) -> list[str]:
         )
     lines += [f"  note: {note}" for note in plan.notes]
     return lines
+
+
+def _rows(plan: StagePlan) -> str:
+    """Rows of a step: the batch size, or the range where an ingredient cuts batches otherwise."""
+    sizes = [len(rows) for rows in plan.stream.epoch(0)] if plan.stream else []
+    if not sizes or max(sizes) == plan.stage.batch_size:
+        return str(plan.stage.batch_size)
+    return f"{min(sizes)} to {max(sizes)}"
 
 
 def _wrapped(start: str, items: list[str], width: int = 80) -> list[str]:

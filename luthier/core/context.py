@@ -48,13 +48,6 @@ class Shelf:
         self._holders: dict[str, Holder] = {}
         self._waiting: dict[str, dict[str, Any]] = {}
 
-    def save(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Gives something of the ingredient's own a folder ``name`` in the run folder; without a run folder nothing is written."""
-        if self.folder is not None:
-            path = self.folder / name
-            path.mkdir(parents=True, exist_ok=True)
-            write(path)
-
     def keep(self, name: str, make: Callable[[], H]) -> H:
         if name not in self._holders:
             holder = make()

@@ -1,0 +1,71 @@
+"""Metrics of a split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from luthier.errors import DataError
+from luthier.evaluate import HIGHER_IS_BETTER, classification, confusion, mistakes, regression
+
+
+def logits_of(found: list[int], classes: int = 3, sure: float = 5.0) -> np.ndarray:
+    return np.eye(classes)[found] * sure
+
+
+def test_by_hand_accuracy_and_macro_f1():
+    # found 0 0 1 1, true 0 1 1 2: F1 of 0 is 2/3, of 1 is 1/2, of 2 is 0: mean 7/18
+    told = classification(logits_of([0, 0, 1, 1]), np.array([0, 1, 1, 2]))
+    assert told["accuracy"] == 0.5
+    assert told["f1_macro"] == pytest.approx(7 / 18)
+    assert told["n"] == 4
+
+
+def test_by_hand_regression():
+    # errors 1, -1, 2: rmse sqrt(2), mae 4/3
+    told = regression(np.array([2.0, 1.0, 5.0]), np.array([1.0, 2.0, 3.0]))
+    assert told["rmse"] == pytest.approx(2**0.5)
+    assert told["mae"] == pytest.approx(4 / 3)
+    assert told["spearman"] == pytest.approx(0.5)
+
+
+def test_a_constant_prediction_has_no_correlation():
+    told = regression(np.ones(4), np.arange(4.0))
+    assert told["pearson"] is None
+    assert told["spearman"] is None
+
+
+def test_the_confusion_matrix_has_true_rows_and_predicted_columns():
+    assert confusion(logits_of([0, 2, 2]), np.array([0, 1, 2])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
+
+
+def test_mistakes_are_the_confident_ones_first_and_ties_keep_their_order():
+    logits = np.array([[3.0, 0.0], [5.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    assert mistakes(logits, np.array([1, 1, 1, 1])) == [1, 0, 3]
+    assert mistakes(logits, np.array([1, 1, 1, 1]), most=1) == [1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_parity_with_sklearn(seed, classes):
+    draw = np.random.default_rng(seed)
+    logits, labels = draw.normal(size=(40, classes)), draw.integers(0, classes, 40)
+    told = classification(logits, labels)
+    assert told["accuracy"] == pytest.approx(metrics.accuracy_score(labels, logits.argmax(1)))
+    assert told["f1_macro"] == pytest.approx(metrics.f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
+    assert (confusion(logits, labels) == metrics.confusion_matrix(labels, logits.argmax(1), labels=range(classes))).all()
+
+
+def test_nothing_to_measure_is_a_fault():
+    with pytest.raises(DataError, match="must have one output for each of at least one target"):
+        classification(np.zeros((0, 2)), np.zeros(0, dtype=int))
+    with pytest.raises(DataError, match="2 outputs and 3 targets"):
+        regression(np.zeros(2), np.zeros(3))
+
+
+def test_every_metric_has_a_direction():
+    told = {*classification(logits_of([0, 1]), np.array([0, 1])), *regression(np.arange(3.0), np.arange(3.0))} - {"n"}
+    assert told == set(HIGHER_IS_BETTER)
