@@ -25,7 +25,7 @@ from luthier.job import Job, prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
 from luthier.recipe.text import read
-from luthier.sources.demo import model_folder, rows
+from luthier.sources.demo import rows
 
 HERE = Path(__file__).parent
 LENGTH = 128
@@ -128,7 +128,11 @@ def write(name: str, told: dict[str, Any]) -> None:
         "benchmark": name,
         **told,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "luthier": luthier.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "luthier": luthier.__version__,
+        },
         "repeat": f"python benchmarks/{name}.py",
     }
     (HERE / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")

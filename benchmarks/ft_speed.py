@@ -19,7 +19,11 @@ def main() -> None:
             "luthier": lambda: ours(made, 0, steps=STEPS),
             "hf": lambda: theirs(made, steps=STEPS),
             "hf+": lambda: theirs(
-                made, steps=STEPS, attention="eager", optim="adamw_torch_fused", train_sampling_strategy="group_by_length"
+                made,
+                steps=STEPS,
+                attention="eager",
+                optim="adamw_torch_fused",
+                train_sampling_strategy="group_by_length",
             ),
         },
         rounds=ROUNDS,

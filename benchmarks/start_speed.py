@@ -40,14 +40,13 @@ def overhead() -> dict[str, float]:
     import tempfile
     from pathlib import Path
 
-    from tests.little import recipe, sentences
-    from tests.tinyfolder import tiny_folder
-
     from luthier import stages
     from luthier.job import prepare
     from luthier.narrate import Silent
     from luthier.placement import Placement
     from luthier.sources.text import collate
+    from tests.little import recipe, sentences
+    from tests.tinyfolder import tiny_folder
 
     torch.set_num_threads(1)
     steps = 200

@@ -24,12 +24,19 @@ def main() -> None:
     made = job("ft", sets=(recipe, f"stages.0.epochs={EPOCHS}"), limit=60)
     steps = made.plan.stages[0].steps
     found = alternate(
-        {"luthier": lambda: ours(made, 0, steps=steps), "hf": lambda: theirs(made, steps=steps, freeze=freeze)}, rounds=ROUNDS
+        {"luthier": lambda: ours(made, 0, steps=steps), "hf": lambda: theirs(made, steps=steps, freeze=freeze)},
+        rounds=ROUNDS,
     )
     rates = {name: steps * BATCH / median(seconds) for name, seconds in found.items()}
     write(
         "top_speed",
-        {"examples_per_second": rates, "seconds": found, "ratio": rates["luthier"] / rates["hf"], "steps": steps, "epochs": EPOCHS},
+        {
+            "examples_per_second": rates,
+            "seconds": found,
+            "ratio": rates["luthier"] / rates["hf"],
+            "steps": steps,
+            "epochs": EPOCHS,
+        },
     )
 
 

@@ -67,6 +67,8 @@ _WHERE = {
 }
 
 __all__ = [
+    "L2SP",
+    "LLRD",
     "SWA",
     "AdamW",
     "Anatomy",
@@ -75,8 +77,6 @@ __all__ = [
     "Family",
     "Freeze",
     "Ingredient",
-    "L2SP",
-    "LLRD",
     "Lengths",
     "LoRA",
     "LuthierError",

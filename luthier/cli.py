@@ -21,17 +21,30 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A shipped name (see 'luthier recipes') or a YAML file.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped name (see 'luthier recipes') or a YAML file.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A local folder, a hub id, or 'demo'.")]
-DataOption = Annotated[str | None, typer.Option("--data", "-d", help="A file (csv, tsv, json, jsonl, parquet, .gz), a folder, or a hub id.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="A file (csv, tsv, json, jsonl, parquet, .gz), a folder, or a hub id."),
+]
 TextOption = Annotated[str | None, typer.Option("--text", help="Column of the text; inferred if not given.")]
 PairOption = Annotated[str | None, typer.Option("--text-pair", help="Column of the second text.")]
 LabelOption = Annotated[str | None, typer.Option("--label", help="Column of the label.")]
-TaskOption = Annotated[str | None, typer.Option("--task", help="classification or regression; decided from the labels if not given.")]
-OodOption = Annotated[list[str] | None, typer.Option("--ood", help="NAME=PATH: one more shifted test set; may be repeated.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="classification or regression; decided from the labels if not given.")
+]
+OodOption = Annotated[
+    list[str] | None, typer.Option("--ood", help="NAME=PATH: one more shifted test set; may be repeated.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Goes before the recipe's.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="PATH=VALUE in the recipe, such as stages.1.lr=3e-5; may be repeated.")]
-DemoOption = Annotated[bool, typer.Option("--demo", help="Use the demo's model and text: MiniLM and BBC News from two wheels.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="PATH=VALUE in the recipe, such as stages.1.lr=3e-5; may be repeated.")
+]
+DemoOption = Annotated[
+    bool, typer.Option("--demo", help="Use the demo's model and text: MiniLM and BBC News from two wheels.")
+]
 
 DEMO_SETS = ("max_length=128",)  # keeps the demo under two minutes of training on two cores
 
@@ -46,12 +59,19 @@ def fit(
     label: LabelOption = None,
     task: TaskOption = None,
     ood: OodOption = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run folder; runs/RECIPE-DATA-seedN if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The run folder; runs/RECIPE-DATA-seedN if not given.")
+    ] = None,
     seed: SeedOption = None,
     sets: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    save_every: Annotated[int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints; every two minutes if not given.")] = None,
-    track: Annotated[list[str] | None, typer.Option("--track", help="tensorboard, wandb, mlflow or trackio; may be repeated.")] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option("--save-every", min=1, help="Steps between checkpoints; every two minutes if not given."),
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="tensorboard, wandb, mlflow or trackio; may be repeated.")
+    ] = None,
     demo: DemoOption = False,
 ) -> None:
     """Fine-tune a model on your data; leaves a run folder with model, report and log."""
@@ -106,7 +126,9 @@ def plan(
     seed: SeedOption = None,
     sets: SetOption = None,
     demo: DemoOption = False,
-    time: Annotated[bool, typer.Option("--time/--no-time", help="Time one step and forecast minutes and memory.")] = True,
+    time: Annotated[
+        bool, typer.Option("--time/--no-time", help="Time one step and forecast minutes and memory.")
+    ] = True,
 ) -> None:
     """Check everything and show who would learn what; trains nothing and writes nothing."""
     from luthier.console import narrator
@@ -135,14 +157,18 @@ def plan(
 def predict(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     data: Annotated[str, typer.Option("--data", "-d", help="One file with the columns the run was trained on.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .csv, .tsv or .jsonl; printed if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .csv, .tsv or .jsonl; printed if not given.")
+    ] = None,
 ) -> None:
     """Label new rows with a finished run's model: label, and each class' calibrated probability."""
     from luthier.console import narrator
     from luthier.errors import DataError, Fault
 
     if out is not None and out.exists():
-        raise DataError.of([Fault(str(out), "must not exist yet", do="Choose another name; nothing was touched.")], "--out")
+        raise DataError.of(
+            [Fault(str(out), "must not exist yet", do="Choose another name; nothing was touched.")], "--out"
+        )
     if out is not None and out.suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError.of([Fault(str(out), "must end in .csv, .tsv or .jsonl")], "--out")
     from luthier.predict import predict as run_predict
@@ -246,7 +272,11 @@ def _sources(model: str | None, data: str | None, demo: bool) -> tuple[str, Any,
     if demo:
         from luthier.sources.demo import rows
 
-        return model or "demo", data or rows(limit_per_class=80), "demo" if data is None else Path(data).name.split(".")[0]
+        return (
+            model or "demo",
+            data or rows(limit_per_class=80),
+            "demo" if data is None else Path(data).name.split(".")[0],
+        )
     missing = [flag for flag, value in (("--model", model), ("--data", data)) if value is None]
     if missing:
         raise LuthierError(f"{' and '.join(missing)} must be given, or --demo.")
@@ -269,10 +299,10 @@ def main() -> None:
     try:
         app()
     except LuthierError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)  # noqa: T201
+        print("stopped", file=sys.stderr)
         raise SystemExit(1) from None
 
 

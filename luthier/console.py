@@ -25,7 +25,7 @@ class Piped(Plain):
         self._stream = stream
 
     def line(self, text: str = "") -> None:
-        print(text, file=self._stream, flush=True)  # noqa: T201
+        print(text, file=self._stream, flush=True)
 
     def show(self, thing: Any) -> None:
         self.line(thing.summary() if hasattr(thing, "summary") else str(thing))

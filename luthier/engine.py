@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.core.anatomy import Anatomy
-from luthier.report import Report
 from torch import Tensor, nn
 
 from luthier import checkpoint, stages
+from luthier.core.anatomy import Anatomy
 from luthier.folder import RunFolder
 from luthier.job import Columns, Job, prepare
 from luthier.movement import movement
@@ -25,6 +24,7 @@ from luthier.placement import Placement
 from luthier.plan import StagePlan
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
+from luthier.report import Report
 from luthier.results import conclude
 from luthier.run import Run
 from luthier.stages import Hooks, Stopped, Trace

@@ -166,7 +166,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and threads: what else a run depends on."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -65,7 +65,9 @@ def forecast(
         seconds, how = _stage_seconds(job, plan, placement)
         total += seconds
         say.line(f"stage {plan.name!r}: about {duration(seconds)} ({how})")
-    say.line(f"training: about {duration(total)} here, without evaluations; memory in use now {size(memory_peak(placement.device))}")
+    say.line(
+        f"training: about {duration(total)} here, without evaluations; memory in use now {size(memory_peak(placement.device))}"
+    )
     return job.plan
 
 
@@ -73,9 +75,11 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
     if plan.stage.solver == "exact":
         train = job.encoded["train"]
         some = train.take(range(0, len(train), max(1, len(train) // 32)))
-        seconds = _time(lambda: logits(job.loaded.model, some, pad_id=job.pad_id, placement=placement))
-        rows = sum(len(job.encoded[name]) for name in ("train", "validation") if name in job.encoded)
-        return seconds / len(some) * rows, f"features of {rows} rows, then the solver"
+        begun = time.perf_counter()
+        logits(job.loaded.model, some, pad_id=job.pad_id, placement=placement)
+        seconds = time.perf_counter() - begun
+        count = sum(len(job.encoded[name]) for name in ("train", "validation") if name in job.encoded)
+        return seconds / len(some) * count, f"features of {count} rows, then the solver"
     try:
         run, _ = stages.attach(job, plan, copy.deepcopy(job.loaded.model), placement)
     except Exception as error:  # a later stage may need what an earlier one leaves
@@ -86,8 +90,10 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
     taken: list[float] = []
     try:
         for step, rows, _ in stages.steps(plan, 0):
-            closure = stages.closure(job, run, placement, quick, step, rows)
-            taken.append(_time(lambda: (run.offer(closure), run.step(placement.take))))  # noqa: B023
+            begun = time.perf_counter()
+            run.offer(stages.closure(job, run, placement, quick, step, rows))
+            run.step(placement.take)
+            taken.append(time.perf_counter() - begun)
             if step == 2:
                 break
     finally:
@@ -96,9 +102,3 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
             handle.remove()
     each = min(taken)
     return each * plan.steps, f"{plan.steps} steps of {each * 1000:.0f} ms"
-
-
-def _time(work: Any) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from luthier.core.anatomy import Anatomy
 from torch import Tensor, nn
+
+from luthier.core.anatomy import Anatomy
 
 Collate = Callable[[Sequence[int]], Mapping[str, Tensor]]
 LIMIT = 2 * 1024**3  # bytes of kept outputs, in main memory

@@ -95,7 +95,9 @@ def solve_classification(
         tried = tried if held else (1.0,)
     scores = _search(held, tried, classes, max_iter, intercept) if held else [(0.0, 0.0)]
     best = max(range(len(tried)), key=lambda at: (scores[at][0], -scores[at][1], -at))
-    weight, bias, iterations, converged = _fit(scale(wide), labels, classes, tried[best : best + 1], max_iter, intercept)[0]
+    weight, bias, iterations, converged = _fit(
+        scale(wide), labels, classes, tried[best : best + 1], max_iter, intercept
+    )[0]
     weight, bias = scale.undo(weight, bias)
     bias = bias if intercept else np.zeros(classes)
     path = tuple((strength, score[0]) for strength, score in zip(tried, scores, strict=True)) if held else ()
@@ -128,7 +130,9 @@ def _fit(
     seen = np.unique(labels)
     if len(seen) == 1:
         return [(*_spread(np.zeros((1, features.shape[1])), np.zeros(1), seen, classes), 0, True) for _ in strengths]
-    model: Any = LogisticRegression(solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True, fit_intercept=intercept)
+    model: Any = LogisticRegression(
+        solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True, fit_intercept=intercept
+    )
     fits = []
     for strength in strengths:
         model.C = strength
@@ -137,7 +141,10 @@ def _fit(
             model.fit(features, labels)
         weight, bias = np.asarray(model.coef_), np.atleast_1d(np.asarray(model.intercept_, dtype=np.float64))
         if len(seen) == 2:  # one row z with p = sigmoid(z): the softmax of (-z/2, +z/2)
-            weight, bias = np.vstack([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2]) if intercept else np.zeros(2)
+            weight, bias = (
+                np.vstack([-weight / 2, weight / 2]),
+                np.concatenate([-bias / 2, bias / 2]) if intercept else np.zeros(2),
+            )
         elif not intercept:
             bias = np.zeros(len(seen))
         converged = not any(issubclass(one.category, ConvergenceWarning) for one in caught)
@@ -186,11 +193,19 @@ def solve_regression(
     turned = left.T @ (wanted - level)
     scores, weights = [], []
     for alpha in tried:
-        shrunk = singular / (singular**2 + alpha) if alpha else np.divide(1.0, singular, where=singular > 0, out=np.zeros_like(singular))
+        shrunk = (
+            singular / (singular**2 + alpha)
+            if alpha
+            else np.divide(1.0, singular, where=singular > 0, out=np.zeros_like(singular))
+        )
         weight = right.T @ (shrunk * turned)
         weights.append(weight)
         if validation is not None:
-            gap = (np.asarray(validation[0], dtype=np.float64) - middle) @ weight + level - np.asarray(validation[1]).reshape(-1)
+            gap = (
+                (np.asarray(validation[0], dtype=np.float64) - middle) @ weight
+                + level
+                - np.asarray(validation[1]).reshape(-1)
+            )
         else:
             leverage = np.square(left) @ (singular * shrunk) + (1.0 / len(wanted) if intercept else 0.0)
             gap = (left @ (singular * shrunk * turned) + level - wanted) / np.maximum(1.0 - leverage, 1e-12)
@@ -212,5 +227,3 @@ def write(probe: Probe, linear: Any) -> None:
         linear.weight.copy_(torch.as_tensor(probe.weight).to(linear.weight))
         if getattr(linear, "bias", None) is not None:
             linear.bias.copy_(torch.as_tensor(probe.bias).to(linear.bias))
-
-

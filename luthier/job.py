@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from luthier.core.claims import Claim
 from luthier.narrate import Narrator, Silent
 from luthier.plan import Plan, compose, skeleton
@@ -32,6 +34,12 @@ class Job:
         """The token that fills batches up."""
         known = getattr(self.loaded.tokenizer, "pad_token_id", None)
         return int(known if known is not None else self.loaded.model.config.pad_token_id or 0)
+
+    def targets(self, split: str) -> np.ndarray[Any, Any]:
+        """What there is to predict in ``split``, shape (rows,)."""
+        wanted = self.encoded[split].targets
+        assert wanted is not None  # prepare encodes every split with its labels
+        return wanted
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class _Lines:
             left = (now - self._begun) / self._done * (self._total - self._done)
             print(
                 f"{self._label}: {self._done}/{self._total}, {left:.0f} s left{', ' + say if say else ''}", flush=True
-            )  # noqa: T201
+            )
 
 
 class Plain:
@@ -72,7 +72,7 @@ class Plain:
         self._every = every
 
     def line(self, text: str = "") -> None:
-        print(text, file=sys.stdout, flush=True)  # noqa: T201
+        print(text, file=sys.stdout, flush=True)
 
     def show(self, thing: Any) -> None:
         self.line(str(thing))

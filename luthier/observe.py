@@ -41,7 +41,9 @@ class Observed:
 
 def stage(ingredient: Ingredient) -> Recipe:
     """A recipe of this ingredient alone, at a rate that moves weights."""
-    return Recipe(name="check", stages=(Stage(ingredients=(ingredient,), steps=STEPS, learning_rate=RATE, batch_size=4),))
+    return Recipe(
+        name="check", stages=(Stage(ingredients=(ingredient,), steps=STEPS, learning_rate=RATE, batch_size=4),)
+    )
 
 
 def begin(ingredient: Ingredient, model: nn.Module, sample: list[Any]) -> Run:
@@ -54,7 +56,11 @@ def batch(number: int) -> dict[str, Tensor]:
     """The same four rows of eight tokens for the same number."""
     draw = torch.Generator().manual_seed(number)
     tokens = torch.randint(3, 60, (4, 8), generator=draw)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.tensor([0, 1, 2, number % 3])}
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "labels": torch.tensor([0, 1, 2, number % 3]),
+    }
 
 
 def step(run: Run, number: int) -> None:
@@ -129,7 +135,9 @@ def _hooks(ingredient: Ingredient, make: Callable[[], nn.Module], seen: Observed
     if ingredient.loss(plain, ctx) is not plain:
         seen.add(Place.LOSS)
     weights = [nn.Parameter(torch.linspace(-30, 50, 7)), nn.Parameter(torch.ones(3))]
-    probe = torch.optim.SGD([{"params": weights, "names": ("a", "b"), "lr": 0.0, "initial_lr": 0.0, "weight_decay": 0.0}], lr=0.0)
+    probe = torch.optim.SGD(
+        [{"params": weights, "names": ("a", "b"), "lr": 0.0, "initial_lr": 0.0, "weight_decay": 0.0}], lr=0.0
+    )
     fresh = Context(ctx.anatomy, Progress(STEPS), 0, "check/probe", ctx.claims, Shelf(), [], ctx.start, ctx.batches)
     made: Optimizer = ingredient.optimizer(probe, fresh)
     if type(made) is not type(probe):
@@ -139,7 +147,11 @@ def _hooks(ingredient: Ingredient, make: Callable[[], nn.Module], seen: Observed
             weight.grad = torch.arange(weight.numel(), dtype=torch.float32) + 1.0
         before = [weight.grad.clone() for weight in weights if weight.grad is not None]
         made.step()
-        if any(not torch.equal(old, weight.grad) for old, weight in zip(before, weights, strict=True) if weight.grad is not None):
+        if any(
+            not torch.equal(old, weight.grad)
+            for old, weight in zip(before, weights, strict=True)
+            if weight.grad is not None
+        ):
             seen.add(Place.GRADIENT)
 
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from luthier.core.anatomy import Anatomy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Claim, Place, voids
 
 
@@ -77,8 +77,9 @@ class Placement:
         """Sharded modules let go of the whole weights that their last forward pass gathered."""
         if self.sharded:
             for module in model.modules():
-                if hasattr(module, "reshard"):
-                    module.reshard()
+                reshard = getattr(module, "reshard", None)
+                if reshard is not None:
+                    reshard()
 
     def whole(self, trained: nn.Module, plain: nn.Module) -> None:
         """Puts the weights of ``trained``, whole again where they were sharded, into ``plain``, in place."""

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.core.anatomy import Anatomy, Family
 from torch import nn
 
+from luthier.core.anatomy import Anatomy, Family
 from luthier.core.claims import Claim, Place, conflicts
 from luthier.core.context import Context, Progress, Shelf
 from luthier.core.ingredient import Ingredient
@@ -170,7 +170,9 @@ def _stage(
     except LuthierError as error:
         faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
         return None
-    for entry in sorted(entries, key=lambda entry: entry.owns(Place.END_WEIGHTS)):  # averages take the end of a schedule over
+    for entry in sorted(
+        entries, key=lambda entry: entry.owns(Place.END_WEIGHTS)
+    ):  # averages take the end of a schedule over
         try:
             table = entry.ingredient.settings(table.signed(entry.name))
         except LuthierError as error:

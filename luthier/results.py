@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from luthier.report import Movement, Report, StageReport
 
 from luthier import evaluate
 from luthier.core.context import Progress, Shelf
@@ -18,6 +17,7 @@ from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.outputs import adjusted, by_split, logits, scores
 from luthier.placement import Placement
+from luthier.report import Movement, Report, StageReport
 from luthier.stages import Trace
 
 MOST_MISTAKES = 20
@@ -38,7 +38,7 @@ def conclude(
     with say.bar("measuring", sum(len(encoded) for encoded in job.encoded.values())) as bar:
         outputs = {
             name: Outputs(
-                logits(model, encoded, pad_id=job.pad_id, placement=placement, tick=bar.advance), encoded.targets
+                logits(model, encoded, pad_id=job.pad_id, placement=placement, tick=bar.advance), job.targets(name)
             )
             for name, encoded in job.encoded.items()
             if name != "train"

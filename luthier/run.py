@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.core.anatomy import Anatomy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Place
 from luthier.core.closure import Closure, LossFn
 from luthier.core.context import Context, Progress, Shelf

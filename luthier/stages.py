@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.core.anatomy import Anatomy
 from torch import Tensor, nn
 
 from luthier import frozen, head
+from luthier.core.anatomy import Anatomy
 from luthier.core.closure import Closure
 from luthier.core.ingredient import Outputs
 from luthier.core.seeds import derive, reseed
@@ -163,8 +163,9 @@ def keep_frozen(job: Job, run: Run, inner: TaskLoss, placement: Placement, narra
     blocks = frozen.frozen_blocks(run.model, plan.anatomy, plan.table.quiet_depth)
     if not blocks or placement.processes > 1 or run.forward is not run.model:
         return None
-    hidden = getattr(run.model.config, "hidden_size", None) or getattr(run.model.config, "d_model", 1)
-    size = frozen.bytes_needed(train_rows.lengths, int(hidden))
+    config: Any = run.model.config
+    hidden: int = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 1
+    size = frozen.bytes_needed(train_rows.lengths, hidden)
     if size > frozen.LIMIT:
         return (
             f"the outputs of {len(blocks)} frozen blocks would take {size / 1e9:.1f} GB and are computed anew each step"
@@ -222,7 +223,7 @@ def solve(
         for name in splits:
             features[name] = logits(model, job.encoded[name], pad_id=job.pad_id, placement=placement, tick=bar.advance)
     linear = model.get_submodule(output)
-    targets = {name: job.encoded[name].targets for name in splits}
+    targets = {name: job.targets(name) for name in splits}
     held = (features["validation"], targets["validation"]) if "validation" in splits else None
     if job.task.kind == "classification":
         probe = head.solve_classification(
@@ -300,7 +301,7 @@ def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: 
 
 def _validate(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks) -> None:
     encoded = job.encoded["validation"]
-    out = Outputs(logits(run.forward, encoded, pad_id=job.pad_id, placement=placement), encoded.targets)
+    out = Outputs(logits(run.forward, encoded, pad_id=job.pad_id, placement=placement), job.targets("validation"))
     found = scores(job.task, out)
     trace.validation.append([trace.steps, found])
     hooks.log(

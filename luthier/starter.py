@@ -35,7 +35,12 @@ stages:
 
 
 def starter(
-    source: Any, *, text: str | None = None, text_pair: str | None = None, label: str | None = None, file: str = "recipe.yaml"
+    source: Any,
+    *,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    file: str = "recipe.yaml",
 ) -> tuple[str, list[str]]:
     """A recipe as text, and the lines to print: what was inferred, and the next command.
 

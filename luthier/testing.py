@@ -1,8 +1,8 @@
 """The contract of an ingredient as a test suite that anyone can run on their own.
 
-    from luthier.testing import check_ingredient
-    def test_it_keeps_its_promises():
-        check_ingredient(MyIngredient(strength=0.1))
+from luthier.testing import check_ingredient
+def test_it_keeps_its_promises():
+    check_ingredient(MyIngredient(strength=0.1))
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tiny_model(*, dropout: float = 0.1, seed: int = 0) -> nn.Module:
     """A BERT of 16 hidden units, 3 blocks and 3 classes; the global generator is left as it was."""
     import transformers
 
-    config = transformers.BertConfig(
+    config: Any = transformers.BertConfig(  # type: ignore[call-arg]
         vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=3,
         max_position_embeddings=32, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, pad_token_id=0,
     )  # fmt: skip
@@ -68,9 +68,15 @@ def check_ingredient(
     _survives_text(ingredient)
 
 
-def _declared_is_observed(ingredient: Ingredient, model: Callable[[], nn.Module], unobservable: Collection[Place]) -> None:
+def _declared_is_observed(
+    ingredient: Ingredient, model: Callable[[], nn.Module], unobservable: Collection[Place]
+) -> None:
     seen: Observed = observe(ingredient, model)
-    claims = [claim for claim in ingredient.touches() if claim.how in ("owns", "wraps", "scales") and claim.place in _OBSERVABLE]
+    claims = [
+        claim
+        for claim in ingredient.touches()
+        if claim.how in ("owns", "wraps", "scales") and claim.place in _OBSERVABLE
+    ]
     declared = {claim.place for claim in claims}
     undeclared = seen.places - declared
     assert not undeclared, f"{ingredient.name()} touches {_said(undeclared)} and does not claim it"
@@ -82,7 +88,9 @@ def _declared_is_observed(ingredient: Ingredient, model: Callable[[], nn.Module]
             continue
         covered = {anatomy.part(name).canonical for selector in claim.where for name in anatomy.select(selector)}
         outside = seen.names[claim.place] - covered
-        assert not outside, f"{ingredient.name()} touches {claim.place.value} at {sorted(outside)[0]}, outside what it claims"
+        assert not outside, (
+            f"{ingredient.name()} touches {claim.place.value} at {sorted(outside)[0]}, outside what it claims"
+        )
 
 
 def _said(places: Collection[Place]) -> str:
@@ -112,9 +120,13 @@ def _goes_on_exactly(ingredient: Ingredient, model: Callable[[], nn.Module]) -> 
         step(second, number)
     second.finish()
     ours, theirs = whole.model.state_dict(), second.model.state_dict()
-    assert list(ours) == list(theirs) == list(model().state_dict()), f"{ingredient.name()} leaves other names or another order behind"
+    assert list(ours) == list(theirs) == list(model().state_dict()), (
+        f"{ingredient.name()} leaves other names or another order behind"
+    )
     for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), f"{ingredient.name()} does not go on exactly: {name} differs after a resume"
+        assert torch.equal(value, theirs[name]), (
+            f"{ingredient.name()} does not go on exactly: {name} differs after a resume"
+        )
 
 
 def _plans_without_touching(ingredient: Ingredient, model: Callable[[], nn.Module]) -> None:
@@ -124,7 +136,9 @@ def _plans_without_touching(ingredient: Ingredient, model: Callable[[], nn.Modul
     names = [name for name, _ in shape.named_parameters()]
     state = torch.random.get_rng_state()
     compose(stage(ingredient), shape, lengths=[8] * 24)
-    assert torch.equal(state, torch.random.get_rng_state()), f"{ingredient.name()} draws from the global generator when it is planned"
+    assert torch.equal(state, torch.random.get_rng_state()), (
+        f"{ingredient.name()} draws from the global generator when it is planned"
+    )
     assert all(weight.is_meta for weight in shape.parameters()), f"{ingredient.name()} gives the skeleton storage"
     after = [name for name, _ in shape.named_parameters()]
     assert after == names, f"{ingredient.name()} leaves the skeleton with other names than it found"
@@ -147,7 +161,9 @@ def _leaves_global_generators(ingredient: Ingredient, model: Callable[[], nn.Mod
     for epoch in range(2):
         if run.plan.stream is not None:
             run.plan.stream.epoch(epoch)
-    assert torch.equal(before[0], torch.random.get_rng_state()), f"{ingredient.name()} draws from torch's global generator"
+    assert torch.equal(before[0], torch.random.get_rng_state()), (
+        f"{ingredient.name()} draws from torch's global generator"
+    )
     assert before[1] == random.getstate(), f"{ingredient.name()} draws from python's global generator"
     assert (before[2] == np.random.get_state()[1]).all(), f"{ingredient.name()} draws from numpy's global generator"  # type: ignore[index]
 
@@ -180,4 +196,6 @@ def _survives_text(ingredient: Ingredient) -> None:
     """Recipe -> YAML -> the same recipe, for ingredients that recipes know."""
     if registry.INGREDIENTS.get(ingredient.name(), "").endswith(f":{type(ingredient).__name__}"):
         made = stage(ingredient)
-        assert build(parse(write(made)), inside="check") == made, f"{ingredient.name()} does not survive being written as text"
+        assert build(parse(write(made)), inside="check") == made, (
+            f"{ingredient.name()} does not survive being written as text"
+        )

@@ -32,7 +32,9 @@ BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     out = tmp_path_factory.mktemp("finished") / "run"
-    report = luthier.fit(recipe([*BASE, "temperature"], probe=True, steps=12), model=tiny_model, data=sentences(), out=out)
+    report = luthier.fit(
+        recipe([*BASE, "temperature"], probe=True, steps=12), model=tiny_model, data=sentences(), out=out
+    )
     return out, report
 
 
@@ -52,7 +54,9 @@ def test_report_json_has_the_fields_that_are_promised(finished):
     for split in ("validation", "test"):
         assert told["metrics"][split].keys() >= {"accuracy", "f1_macro", "nll", "brier", "ece", "n"}
         assert told["calibrated"][split].keys() == told["metrics"][split].keys()
-    assert {"name", "steps", "seconds", "examples_per_second", "trainable_parameters", "peak_memory_bytes"} <= told["stages"][0].keys()
+    assert {"name", "steps", "seconds", "examples_per_second", "trainable_parameters", "peak_memory_bytes"} <= told[
+        "stages"
+    ][0].keys()
     assert [stage["steps"] for stage in told["stages"]] == [0, 12]
     assert {"seed", "recipe_digest", "warnings"} <= told.keys()
 
@@ -89,7 +93,9 @@ def test_a_fit_leaves_the_global_generators_as_they_were(tiny_model):
 def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(tiny_model, tmp_path):
     for at, out in enumerate(("one", "two", "other")):
         torch.manual_seed(at)
-        luthier.fit(recipe(BASE), model=tiny_model, data=sentences(), out=tmp_path / out, seed=7 if out != "other" else 8)
+        luthier.fit(
+            recipe(BASE), model=tiny_model, data=sentences(), out=tmp_path / out, seed=7 if out != "other" else 8
+        )
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
     assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
 
@@ -135,7 +141,10 @@ def test_micro_batches_add_up_to_the_big_batch(micro, tmp_path):
         quiet = stages.Hooks(save=lambda *a: None, stop=lambda: False, log=lambda v: None)
         stages.train(job, run, Placement(), stages.Trace(), quiet, Silent())
         ends.append({name: value.clone() for name, value in model.state_dict().items()})
-    assert not torch.equal(ends[0]["classifier.weight"], load(folder, Classification(("bad", "good")), seed=0).model.state_dict()["classifier.weight"].double())
+    assert not torch.equal(
+        ends[0]["classifier.weight"],
+        load(folder, Classification(("bad", "good")), seed=0).model.state_dict()["classifier.weight"].double(),
+    )
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-10, atol=1e-12)
 
@@ -178,7 +187,12 @@ def test_the_three_doors_end_on_the_same_bits(tmp_path):
     )  # fmt: skip
     parts = hf.parts(run, args)
     trainer = parts.Trainer(
-        theirs, args, train_dataset=batches, data_collator=lambda items: items[0], optimizers=parts.optimizers, callbacks=parts.callbacks
+        theirs,
+        args,
+        train_dataset=batches,
+        data_collator=lambda items: items[0],
+        optimizers=parts.optimizers,
+        callbacks=parts.callbacks,
     )
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(batches, collate_fn=lambda items: items[0])
     trainer.train()
@@ -259,7 +273,9 @@ def test_frozen_layers_run_once_a_row(tmp_path, monkeypatch):
     seen = []
     run.model.get_submodule("bert.encoder.layer.0.attention").register_forward_hook(lambda *args: seen.append(1))
     monkeypatch.setattr(stages, "_validate", lambda *args: None)
-    stages.train(job, run, Placement(), stages.Trace(), stages.Hooks(lambda *a: None, lambda: False, lambda v: None), Silent())
+    stages.train(
+        job, run, Placement(), stages.Trace(), stages.Hooks(lambda *a: None, lambda: False, lambda v: None), Silent()
+    )
     assert run.progress.step == 24
     assert seen == []
 
@@ -302,6 +318,8 @@ def test_the_report_says_how_far_each_depth_moved(finished):
 
 def test_named_shifted_splits_are_measured_and_never_chosen_on(tiny_model, tmp_path):
     sentences(20, seed=5).to_csv(tmp_path / "far.csv", index=False)
-    report = luthier.fit(recipe([*BASE, "temperature"]), model=tiny_model, data=sentences(), ood={"far": str(tmp_path / "far.csv")})
+    report = luthier.fit(
+        recipe([*BASE, "temperature"]), model=tiny_model, data=sentences(), ood={"far": str(tmp_path / "far.csv")}
+    )
     assert report.metrics["ood"]["far"]["n"] == 20
     assert report.calibrated["ood"]["far"]["accuracy"] == report.metrics["ood"]["far"]["accuracy"]

@@ -55,8 +55,12 @@ def test_parity_with_sklearn(seed, classes):
     logits, labels = draw.normal(size=(40, classes)), draw.integers(0, classes, 40)
     told = classification(logits, labels)
     assert told["accuracy"] == pytest.approx(metrics.accuracy_score(labels, logits.argmax(1)))
-    assert told["f1_macro"] == pytest.approx(metrics.f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
-    assert (confusion(logits, labels) == metrics.confusion_matrix(labels, logits.argmax(1), labels=range(classes))).all()
+    assert told["f1_macro"] == pytest.approx(
+        metrics.f1_score(labels, logits.argmax(1), average="macro", zero_division=0)
+    )
+    assert (
+        confusion(logits, labels) == metrics.confusion_matrix(labels, logits.argmax(1), labels=range(classes))
+    ).all()
 
 
 def test_nothing_to_measure_is_a_fault():

@@ -46,10 +46,8 @@ def test_the_gradient_of_the_penalised_objective_is_nil(classes):
     z, spread = (features - features.mean()) / features.std(), features.std()
     weight = probe.weight * spread
     residual = chances(probe, features) - np.eye(classes)[labels]
-    if classes == 2:
-        slope = strength * residual[:, 1] @ z + (weight[1] - weight[0])
-    else:
-        slope = strength * residual.T @ z + weight
+    one_row = strength * residual[:, 1] @ z + (weight[1] - weight[0])
+    slope = one_row if classes == 2 else strength * residual.T @ z + weight
     assert np.abs(slope).max() / (strength * len(labels)) < 1e-4
     assert np.abs(residual.sum(0)).max() / len(labels) < 1e-4  # the intercept is not penalised
 
@@ -65,10 +63,16 @@ def test_a_class_without_rows_gets_no_probability_and_leaves_the_rest_alone():
 
 def test_without_an_intercept_the_bias_is_nil():
     features, labels = blobs(3)
-    probe = solve_classification(features, labels, classes=3, validation=(features, labels), strengths=[1.0], intercept=False)
+    probe = solve_classification(
+        features, labels, classes=3, validation=(features, labels), strengths=[1.0], intercept=False
+    )
     assert (probe.bias == 0).all()
     scaled = features / features.std()
-    theirs = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10, max_iter=5000).fit(scaled, labels).predict_proba(scaled)
+    theirs = (
+        LogisticRegression(C=1.0, fit_intercept=False, tol=1e-10, max_iter=5000)
+        .fit(scaled, labels)
+        .predict_proba(scaled)
+    )
     assert np.abs(chances(probe, features) - theirs).max() < 2e-4
 
 
@@ -84,7 +88,9 @@ def test_permuting_the_classes_permutes_the_head():
     features, labels = blobs(3)
     order = np.array([2, 0, 1])
     one = solve_classification(features, labels, classes=3, validation=(features, labels), strengths=[1.0])
-    other = solve_classification(features, order[labels], classes=3, validation=(features, order[labels]), strengths=[1.0])
+    other = solve_classification(
+        features, order[labels], classes=3, validation=(features, order[labels]), strengths=[1.0]
+    )
     assert np.abs(chances(other, features)[:, order] - chances(one, features)).max() < 1e-4
 
 
@@ -128,7 +134,9 @@ def test_leaving_one_out_in_closed_form_is_leaving_one_out():
     for out in range(12):
         kept = np.arange(12) != out
         # the same penalty and the same centring as the whole fit has only in the limit; refit exactly
-        probe = solve_regression(features[kept], targets[kept], strengths=[0.5], validation=(features[out : out + 1], targets[out : out + 1]))
+        probe = solve_regression(
+            features[kept], targets[kept], strengths=[0.5], validation=(features[out : out + 1], targets[out : out + 1])
+        )
         gaps.append(probe.path[0][1])
     assert told == pytest.approx(float(np.sqrt(np.mean(np.square(gaps)))), rel=1e-6)
 

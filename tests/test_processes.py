@@ -24,9 +24,19 @@ def launch(tmp_path: Path, tiny_model: Path, kind: str, *, sharded: bool) -> Pat
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if sharded:
         env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
     program = str(ROOT / "tests" / "programs" / "two_processes.py")
-    done = subprocess.run([*command, program, str(tiny_model), str(out), kind], env=env, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*command, program, str(tiny_model), str(out), kind], env=env, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

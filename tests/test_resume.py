@@ -88,7 +88,9 @@ def test_a_log_of_a_resumed_run_has_every_step_once(tiny_model, tmp_path):
 def saved(tmp_path: Path, steps: range) -> list[checkpoint.Checkpoint]:
     import torch
 
-    return [checkpoint.save(tmp_path, {"x": torch.full((4,), float(step))}, stage=0, step=step, keep=9) for step in steps]
+    return [
+        checkpoint.save(tmp_path, {"x": torch.full((4,), float(step))}, stage=0, step=step, keep=9) for step in steps
+    ]
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "no manifest", "no state"])

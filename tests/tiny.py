@@ -66,7 +66,9 @@ def config(family: str, *, labels: int = 3, layers: int = 3, dropout: float = 0.
         case "qwen2":
             return T.Qwen2Config(**llama)
         case "t5":
-            return T.T5Config(**common, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, dropout_rate=dropout)
+            return T.T5Config(
+                **common, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2, dropout_rate=dropout
+            )
     raise KeyError(family)
 
 

@@ -138,7 +138,9 @@ class Anatomy:
         try:
             number = int(said)
         except ValueError:
-            raise RecipeError.of([Fault(selector, f"must be {word}: and a whole number", repr(said))], "a selector") from None
+            raise RecipeError.of(
+                [Fault(selector, f"must be {word}: and a whole number", repr(said))], "a selector"
+            ) from None
         lowest, highest = (-self.blocks, self.blocks - 1) if word == "block" else (0, self.blocks)
         if not lowest <= number <= highest:
             must = f"must be between {word}:{lowest} and {word}:{highest} for this model of {self.blocks} blocks"
@@ -182,7 +184,7 @@ def _wrapped(model: nn.Module) -> bool:
 
 
 def _structural(model: nn.Module, kind: str) -> _Places:
-    """One rule for all families: in the backbone, what is before the blocks feeds them, what is after is the bridge; outside is the head."""
+    """One rule for all families: in the backbone, what is before the blocks feeds them, what is after is the bridge."""
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     if prefix not in dict(model.named_children()):
         prefix = ""  # a bare encoder: all of it is backbone
@@ -201,7 +203,12 @@ def _structural(model: nn.Module, kind: str) -> _Places:
         inside = name[len(start) :] if name.startswith(start) else None
         if inside is None:
             roles[name] = "head"
-        elif inside.rpartition(".")[2] in FEEDS_ALL_BLOCKS or "embed" in inside or (kind, inside) in EMBEDDINGS or not seen:
+        elif (
+            inside.rpartition(".")[2] in FEEDS_ALL_BLOCKS
+            or "embed" in inside
+            or (kind, inside) in EMBEDDINGS
+            or not seen
+        ):
             roles[name] = "embeddings"
         else:
             roles[name] = roles.get(name.rpartition(".")[0], "bridge")
@@ -212,7 +219,11 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost ModuleLists by name."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{outer}.") for outer in found):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not any(name.startswith(f"{outer}.") for outer in found)
+        ):
             found[name] = module
     return found
 
@@ -228,13 +239,23 @@ def _declared(model: nn.Module, family: Family) -> _Places:
                 faults.append(Fault(f"family.{role}", f"there is no module {name!r}", do=did_you_mean(name, modules)))
     stack = modules.get(family.blocks)
     if stack is None:
-        faults.append(Fault("family.blocks", f"there is no module {family.blocks!r}", do=did_you_mean(family.blocks, modules)))
+        faults.append(
+            Fault("family.blocks", f"there is no module {family.blocks!r}", do=did_you_mean(family.blocks, modules))
+        )
     elif not isinstance(stack, (nn.ModuleList, nn.Sequential)):
         faults.append(Fault("family.blocks", "must be a ModuleList or Sequential of blocks", type(stack).__name__))
     if not faults:
         for name, _ in model.named_parameters():
-            if not name.startswith(f"{family.blocks}.") and not any(name.startswith(f"{known}.") or name == known for known in roles):
-                faults.append(Fault("family", f"no part holds the weight {name!r}", do="Add its module to embeddings, bridge or head."))
+            if not name.startswith(f"{family.blocks}.") and not any(
+                name.startswith(f"{known}.") or name == known for known in roles
+            ):
+                faults.append(
+                    Fault(
+                        "family",
+                        f"no part holds the weight {name!r}",
+                        do="Add its module to embeddings, bridge or head.",
+                    )
+                )
     if faults:
         raise ModelError.of(faults, "family")
     return _Places(family.blocks, len(stack), family.shared, roles, "head")  # type: ignore[arg-type]
@@ -258,7 +279,13 @@ def _read(model: nn.Module, places: _Places, outer: str, family: str) -> Anatomy
     for name, weight in model.named_parameters():
         role, depth = _place(name, places)
         owner = _PARAMETRIZED.sub(r".\1", name).rpartition(".")[0]
-        kind: Kind = "norm" if owner in norms else "bias" if name.split(".")[-1].startswith("bias") or name.endswith(".bias.original") else "weight"
+        kind: Kind = (
+            "norm"
+            if owner in norms
+            else "bias"
+            if name.split(".")[-1].startswith("bias") or name.endswith(".bias.original")
+            else "weight"
+        )
         parts.append(
             Part(
                 outer + name,
@@ -303,6 +330,10 @@ def _output(model: nn.Module, places: _Places, outer: str) -> str | None:
     """The last linear module of the head."""
     found = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith(f"{places.stack}.") and _place(f"{name}.weight", places)[0] == "head":
+        if (
+            isinstance(module, nn.Linear)
+            and not name.startswith(f"{places.stack}.")
+            and _place(f"{name}.weight", places)[0] == "head"
+        ):
             found = outer + name
     return found

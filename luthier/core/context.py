@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from luthier.core.anatomy import Anatomy
 from torch import Tensor
 
+from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Claim, Place
 from luthier.core.seeds import derive, generator
 from luthier.errors import Fault, RecipeError

@@ -125,4 +125,4 @@ def ingredient(cls: type[T]) -> type[T]:
             raise RecipeError.of(faults_of(error, name, known), name) from None
 
     made.__init__ = __init__  # type: ignore[method-assign]
-    return made
+    return made  # type: ignore[return-value]

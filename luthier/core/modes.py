@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from luthier.core.anatomy import Anatomy
 from torch import nn
+
+from luthier.core.anatomy import Anatomy
 
 
 def quieted(model: nn.Module, anatomy: Anatomy, depth: int) -> Iterator[nn.Module]:

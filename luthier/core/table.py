@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from luthier.core.anatomy import Anatomy, Part
-
 from luthier.core.schedule import Constant, Schedule
 from luthier.errors import Fault, RecipeError
 

@@ -1,10 +1,10 @@
 """A Run as parts of ``transformers.Trainer``: the same ingredients, their trainer.
 
-    run = luthier.begin(model, [LLRD(0.9), SWA(0.75)], learning_rate=2e-5, steps=1000)
-    parts = luthier.hosts.hf.parts(run, args)
-    trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
-    trainer.train()
-    run.finish()
+run = luthier.begin(model, [LLRD(0.9), SWA(0.75)], learning_rate=2e-5, steps=1000)
+parts = luthier.hosts.hf.parts(run, args)
+trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
+trainer.train()
+run.finish()
 """
 
 from __future__ import annotations
@@ -100,10 +100,16 @@ class _Keeper(transformers.TrainerCallback):
         if state.max_steps != run.plan.steps:
             faults.append(Fault("the Trainer's steps", f"must be the run's {run.plan.steps}", str(state.max_steps)))
         held = {id(weight) for group in run.optimizer.param_groups for weight in group["params"]}
-        loose = [name for name, weight in run.model.named_parameters() if weight.requires_grad and id(weight) not in held]
+        loose = [
+            name for name, weight in run.model.named_parameters() if weight.requires_grad and id(weight) not in held
+        ]
         if loose:
             do = "Begin the run after the model is as it will be trained."
-            faults.append(Fault("the optimizer", "must hold every trainable weight", f"{len(loose)} missing, such as {loose[0]}", do))
+            faults.append(
+                Fault(
+                    "the optimizer", "must hold every trainable weight", f"{len(loose)} missing, such as {loose[0]}", do
+                )
+            )
         if faults:
             raise ConflictError.of(faults, "transformers.Trainer")
 

@@ -8,9 +8,9 @@ import json
 from typing import Annotated, Any, Literal
 
 import pydantic
-from luthier.core.anatomy import Family
 from pydantic import Field
 
+from luthier.core.anatomy import Family
 from luthier.core.ingredient import Ingredient, ingredient
 
 Count = Annotated[int, Field(ge=1)]
@@ -82,7 +82,8 @@ class Recipe:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         plain["stages"] = [_stage(stage) for stage in self.stages]
         plain["family"] = dataclasses.asdict(self.family) if self.family else None
-        return _listed(plain)
+        listed: dict[str, Any] = _listed(plain)
+        return listed
 
     @property
     def digest(self) -> str:

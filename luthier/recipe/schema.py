@@ -16,12 +16,14 @@ def schema() -> dict[str, Any]:
     recipe, stage = _fields(Recipe, "stages"), _fields(Stage, "ingredients")
     for alias, name in ALIASES.items():
         stage["properties"][alias] = {**stage["properties"][name], "description": f"the same as {name}"}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in sorted(registry.INGREDIENTS):
         values = _fields(registry.find(name))
         entries.append({"const": name})
         alone = {"anyOf": [values, {"type": "null"}]}
-        entries.append({"type": "object", "properties": {name: alone}, "required": [name], "additionalProperties": False})
+        entries.append(
+            {"type": "object", "properties": {name: alone}, "required": [name], "additionalProperties": False}
+        )
     stage["properties"]["ingredients"] = {"type": "array", "items": {"anyOf": entries}}
     recipe["properties"]["stages"] = {"type": "array", "items": stage, "minItems": 1}
     recipe["required"] = ["stages"]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,6 +16,7 @@ from luthier.errors import Fault, RecipeError, did_you_mean
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 
+T = TypeVar("T")
 ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}
 SHIPPED = resources.files("luthier") / "recipes"
 
@@ -131,7 +132,7 @@ def _stage(plain: Any, path: str, faults: list[Fault]) -> Stage | None:
     if not isinstance(plain, dict):
         faults.append(Fault(path, "must be a mapping with the key 'ingredients'", repr(plain)))
         return None
-    values = {ALIASES.get(key, key): value for key, value in plain.items()}
+    values = {ALIASES.get(str(key), str(key)): value for key, value in plain.items()}
     entries = values.pop("ingredients", None) or []
     if not isinstance(entries, list):
         faults.append(Fault(f"{path}.ingredients", "must be a list", repr(entries)))
@@ -157,7 +158,7 @@ def _ingredient(entry: Any, path: str, faults: list[Fault]) -> Ingredient | None
     return _make(registry.find(name), values or {}, f"{path}.{name}", faults)
 
 
-def _make(kind: type[Any], values: Mapping[str, Any], path: str, faults: list[Fault]) -> Any:
+def _make(kind: type[T], values: Mapping[str, Any], path: str, faults: list[Fault]) -> T | None:
     try:
         return kind(**{str(key): value for key, value in values.items()})
     except RecipeError as error:

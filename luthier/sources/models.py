@@ -49,7 +49,7 @@ class Loaded:
         notes: what a user should know of how it was loaded, a line each.
     """
 
-    model: nn.Module
+    model: Any  # a transformers.PreTrainedModel
     tokenizer: Any
     source: str
     digest: str
@@ -90,7 +90,7 @@ def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, d
     return Loaded(model, tokenizer, name, digest(model.state_dict()), fresh, width, notes)
 
 
-def reload(folder: str | Path) -> nn.Module:
+def reload(folder: str | Path) -> Any:
     """The model that a run saved, as it is, in eval mode, on the CPU; nothing is drawn and the network is not asked.
 
     Raises:
@@ -116,7 +116,7 @@ def reload_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
-def store(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def store(model: Any, tokenizer: Any, folder: Path) -> None:
     """Saves model and tokenizer as plain transformers loads them."""
     with _quiet(bars=False):
         model.save_pretrained(folder)

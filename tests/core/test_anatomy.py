@@ -39,13 +39,27 @@ PLACES = {
         "deberta.encoder.LayerNorm.weight": ("embeddings", 0),
         "pooler.dense.weight": ("head", 5),
     },
-    "albert": {"albert.encoder.embedding_hidden_mapping_in.weight": ("embeddings", 0), "albert.pooler.weight": ("bridge", 2)},
+    "albert": {
+        "albert.encoder.embedding_hidden_mapping_in.weight": ("embeddings", 0),
+        "albert.pooler.weight": ("bridge", 2),
+    },
     "mpnet": {"mpnet.encoder.relative_attention_bias.weight": ("embeddings", 0)},
-    "modernbert": {"model.final_norm.weight": ("bridge", 4), "head.dense.weight": ("head", 5), "head.norm.weight": ("head", 5)},
-    "gpt2": {"transformer.wpe.weight": ("embeddings", 0), "transformer.ln_f.weight": ("bridge", 4), "score.weight": ("head", 5)},
+    "modernbert": {
+        "model.final_norm.weight": ("bridge", 4),
+        "head.dense.weight": ("head", 5),
+        "head.norm.weight": ("head", 5),
+    },
+    "gpt2": {
+        "transformer.wpe.weight": ("embeddings", 0),
+        "transformer.ln_f.weight": ("bridge", 4),
+        "score.weight": ("head", 5),
+    },
     "llama": {"model.norm.weight": ("bridge", 4), "model.layers.1.mlp.up_proj.weight": ("block", 2)},
     "qwen2": {"model.embed_tokens.weight": ("embeddings", 0)},
-    "t5": {"transformer.shared.weight": ("embeddings", 0), "transformer.encoder.final_layer_norm.weight": ("bridge", 4)},
+    "t5": {
+        "transformer.shared.weight": ("embeddings", 0),
+        "transformer.encoder.final_layer_norm.weight": ("bridge", 4),
+    },
 }
 BERT = Anatomy.of(tiny("bert", meta=True))
 
@@ -55,7 +69,12 @@ def test_the_tensors_of_each_role_are_counted(family):
     anatomy = Anatomy.of(tiny(family, meta=True))
     (embeddings, block, bridge, head), output = COUNTED[family]
     found = Counter(part.role for part in anatomy.parts)
-    assert (found["embeddings"], found["block"], found["bridge"], found["head"]) == (embeddings, 3 * block, bridge, head)
+    assert (found["embeddings"], found["block"], found["bridge"], found["head"]) == (
+        embeddings,
+        3 * block,
+        bridge,
+        head,
+    )
     assert all(sum(part.depth == depth for part in anatomy.parts) == block for depth in (1, 2, 3))
     assert anatomy.output == output
 
@@ -119,7 +138,9 @@ def test_a_number_that_is_none_is_refused(bad):
 
 
 @settings(max_examples=50)
-@given(st.sampled_from(["embeddings", "blocks", "bridge", "head", "norms", "biases", "weights", "top:1", "*.bias", "b*"]))
+@given(
+    st.sampled_from(["embeddings", "blocks", "bridge", "head", "norms", "biases", "weights", "top:1", "*.bias", "b*"])
+)
 def test_a_selection_is_a_part_of_the_model(selector):
     assert BERT.select(selector) <= BERT.select("all")
 
@@ -130,7 +151,14 @@ def test_roles_partition_the_model():
 
 
 def test_depths_have_names():
-    assert [BERT.depth_name(depth) for depth in BERT.depths] == ["embeddings", "block 0", "block 1", "block 2", "bridge", "head"]
+    assert [BERT.depth_name(depth) for depth in BERT.depths] == [
+        "embeddings",
+        "block 0",
+        "block 1",
+        "block 2",
+        "bridge",
+        "head",
+    ]
 
 
 def test_injected_and_parametrized_names_keep_their_places():

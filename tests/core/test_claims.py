@@ -40,7 +40,9 @@ def test_pairs(one, other, expected):
 
 
 def test_the_message_names_stage_both_ingredients_the_reason_and_the_cure():
-    (fault,) = conflicts([("mezo", [voids(Place.GRADIENT)]), ("clip", [wraps(Place.GRADIENT)])], select, "stages[1] 'x'")
+    (fault,) = conflicts(
+        [("mezo", [voids(Place.GRADIENT)]), ("clip", [wraps(Place.GRADIENT)])], select, "stages[1] 'x'"
+    )
     assert str(fault) == (
         "stages[1] 'x': mezo and clip cannot share a stage  mezo does away with the gradient, which clip edits.  "
         "Put them in different stages, or drop one."

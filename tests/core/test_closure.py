@@ -34,7 +34,9 @@ def test_by_hand_two_parts_of_one_and_three_rows():
 def test_evaluated_twice_it_sees_the_same_dropout():
     model = tiny("bert", dropout=0.3).train()
     batches = [{"input_ids": torch.arange(3, 19).reshape(2, 8), "labels": torch.tensor([0, 2])}] * 2
-    closure = Closure(model, lambda live, batch: live(**batch).loss, batches, before=lambda number: torch.manual_seed(number) and None)
+    closure = Closure(
+        model, lambda live, batch: live(**batch).loss, batches, before=lambda number: torch.manual_seed(number) and None
+    )
     with torch.random.fork_rng():
         first, second = closure.loss(), closure.loss()
         assert torch.equal(first, second)

@@ -65,7 +65,7 @@ def test_separable_rows_ask_for_ever_colder_and_wrong_ones_for_ever_hotter():
     assert hot.at_bound
     assert cold.value == pytest.approx(0.05)
     assert hot.value == pytest.approx(20.0)
-    assert fit_temperature(np.zeros((3, 2)), np.array([0, 1, 0])) .value == 1.0
+    assert fit_temperature(np.zeros((3, 2)), np.array([0, 1, 0])).value == 1.0
 
 
 @settings(max_examples=40, deadline=None)

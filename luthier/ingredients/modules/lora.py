@@ -59,9 +59,13 @@ class LoRA(Ingredient):
             try:
                 inject_adapter_in_model(self._config(model), model)
             except ValueError as error:
-                linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+                linears = sorted(
+                    {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+                )
                 do = f"Linear modules here end with: {', '.join(linears)}."
-                raise RecipeError.of([Fault("lora.target", "must match modules of this model", str(error).splitlines()[0], do)], "lora") from None
+                raise RecipeError.of(
+                    [Fault("lora.target", "must match modules of this model", str(error).splitlines()[0], do)], "lora"
+                ) from None
 
     def settings(self, table: ParamTable) -> ParamTable:
         return table.trainable(lambda row: row.trainable and (".lora_" in row.name or row.part.role == "head"))
@@ -80,7 +84,9 @@ class LoRA(Ingredient):
         for old, new in zip(before, _logits(model, ctx) if live else [], strict=True):
             worst = float((old - new).abs().max() / old.abs().max().clamp(min=1.0))
             if not worst <= TOLERANCE:
-                raise RunError(f"lora: the merged model's logits differ from the adapter's by {worst:.2g} of the largest")
+                raise RunError(
+                    f"lora: the merged model's logits differ from the adapter's by {worst:.2g} of the largest"
+                )
 
     def _config(self, model: nn.Module) -> Any:
         from peft import LoraConfig
@@ -137,7 +143,11 @@ def _inside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     blocks = tuple(f"{name}." for name in Anatomy.of(model).block_names)
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and name.startswith(blocks) and ".lora_" not in name:
+        if (
+            (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            and name.startswith(blocks)
+            and ".lora_" not in name
+        ):
             yield name.removesuffix(".base_layer"), module
 
 

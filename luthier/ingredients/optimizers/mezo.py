@@ -84,7 +84,9 @@ class ForwardOnly(Optimizer):
                     continue
                 if weight.device not in made:
                     made[weight.device] = torch.Generator(weight.device).manual_seed(seed)
-                draw = torch.randn(weight.shape, generator=made[weight.device], device=weight.device, dtype=weight.dtype)
+                draw = torch.randn(
+                    weight.shape, generator=made[weight.device], device=weight.device, dtype=weight.dtype
+                )
                 yield weight, draw, group
 
 

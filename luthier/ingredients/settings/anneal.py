@@ -20,7 +20,8 @@ from luthier.errors import Fault, RecipeError
 def shape(name: str, *, warmup: float, end: float) -> Schedule:
     """The factor on the rate as a function of the fraction f of the stage.
 
-    Warm-up: f / w for f < w. After it, with g = (f - w) / (1 - w): constant 1; linear 1 + (e - 1) g; cosine e + (1 - e) (1 + cos(pi g)) / 2.
+    Warm-up: f / w for f < w. After it, with g = (f - w) / (1 - w): constant 1; linear 1 + (e - 1) g;
+    cosine e + (1 - e) (1 + cos(pi g)) / 2.
 
     Args:
         name: ``constant``, ``linear`` or ``cosine``.
@@ -29,7 +30,8 @@ def shape(name: str, *, warmup: float, end: float) -> Schedule:
     Source: transformers.optimization, with f = step / steps.
     Differs: nothing but rounding: f is a ratio of whole steps.
     """
-    after: Schedule = {"constant": Constant(), "linear": Linear(end), "cosine": Cosine(end)}[name]
+    known: dict[str, Schedule] = {"constant": Constant(), "linear": Linear(end), "cosine": Cosine(end)}
+    after = known[name]
     return WarmUp(warmup, after) if warmup else after
 
 

@@ -6,7 +6,7 @@ Source: Lee, Cho, Kang, ICLR 2020 (arXiv:1909.11299), equation 5.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -56,7 +56,9 @@ class Mixing(nn.Module):
             self._turn, self._passes = progress.turn, 0
         draw = self._ctx.rng(self._name, progress.part, self._passes, device=weight.device)
         self._passes += 1
-        kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device).bernoulli_(1.0 - self._p, generator=draw)
+        kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device).bernoulli_(
+            1.0 - self._p, generator=draw
+        )
         return mixed(weight, self.target, kept, self._p)
 
 
@@ -88,7 +90,7 @@ class Mixout(Ingredient):
             if id(module.weight) in tied:
                 ctx.note(f"mixout leaves {name} alone: its weight is tied to another module")
                 continue
-            weight = module.weight
+            weight = cast(Tensor, module.weight)
             column = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
             shape = column if self.mask == "column" else tuple(weight.shape)
             mixing = Mixing(weight.detach().clone(), p=self.p, shape=shape, name=name, ctx=ctx)
@@ -102,13 +104,16 @@ class Mixout(Ingredient):
     def finish(self, model: nn.Module, ctx: Context) -> None:
         for _, module, _ in list(_linears(model)):
             if parametrize.is_parametrized(module, "weight") and any(
-                isinstance(one, Mixing) for one in module.parametrizations.weight  # type: ignore[union-attr]
+                isinstance(one, Mixing)
+                for one in module.parametrizations.weight  # type: ignore[union-attr]
             ):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
                 for name in [name for name in module._parameters if name != "weight"]:
-                    module.register_parameter(name, module._parameters.pop(name))  # back behind the weight, where it was
+                    module.register_parameter(
+                        name, module._parameters.pop(name)
+                    )  # back behind the weight, where it was
         for name, p in ctx.keep("dropout", Tensors).items():
-            model.get_submodule(name).p = float(p)
+            cast(nn.Dropout, model.get_submodule(name)).p = float(p)
 
     def state_bytes(self, table: ParamTable) -> int:
         chosen = table.select(self.where)

@@ -16,7 +16,9 @@ from tests.tiny import tiny
 
 
 def optimizer(ingredient: AdamW, weight: nn.Parameter, *, decay: float = 0.0, lr: float = 0.1) -> torch.optim.Optimizer:
-    plain = torch.optim.SGD([{"params": [weight], "lr": lr, "initial_lr": lr, "weight_decay": decay, "names": ("w",)}], lr=lr)
+    plain = torch.optim.SGD(
+        [{"params": [weight], "lr": lr, "initial_lr": lr, "weight_decay": decay, "names": ("w",)}], lr=lr
+    )
     return ingredient.optimizer(plain, Context(None, Progress(1), 0, "x", (), Shelf(), []))  # type: ignore[arg-type]
 
 

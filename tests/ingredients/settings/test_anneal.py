@@ -66,7 +66,10 @@ def test_the_factor_stays_between_nothing_and_the_peak(kind, warmup, end, fracti
 def test_parity_with_transformers(kind):
     """Equal but for the rounding of step/steps: 1e-12."""
     steps, warm = 50, 5
-    make = {"linear": transformers.get_linear_schedule_with_warmup, "cosine": transformers.get_cosine_schedule_with_warmup}[kind]
+    make = {
+        "linear": transformers.get_linear_schedule_with_warmup,
+        "cosine": transformers.get_cosine_schedule_with_warmup,
+    }[kind]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = make(optimizer, num_warmup_steps=warm, num_training_steps=steps)
     expected = []
@@ -74,7 +77,9 @@ def test_parity_with_transformers(kind):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert [rates[0] for rates in trace(Anneal(shape=kind, warmup_steps=warm), steps)] == pytest.approx(expected, abs=1e-12)
+    assert [rates[0] for rates in trace(Anneal(shape=kind, warmup_steps=warm), steps)] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_ratios_between_groups_hold_at_every_step():

@@ -40,7 +40,9 @@ def test_by_hand_biases_norms_and_globs():
     assert len(kept(("norms",))) == 2 * (3 * 2 + 1)
     # 6 linear biases a block, the pooler's, the classifier's
     assert len(kept(("biases",))) == 6 * 3 + 2
-    assert kept(("*.query.weight",)) == {f"bert.encoder.layer.{block}.attention.self.query.weight" for block in range(3)}
+    assert kept(("*.query.weight",)) == {
+        f"bert.encoder.layer.{block}.attention.self.query.weight" for block in range(3)
+    }
 
 
 def test_keeping_all_changes_nothing():

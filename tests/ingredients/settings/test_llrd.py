@@ -44,7 +44,11 @@ def test_by_hand_electra_gives_the_top_block_two_powers():
     found = rates(LLRD(0.8, top_power=2), "electra", peak=1e-4, layers=12)
     assert found["electra.encoder.layer.11.output.dense.weight"] == pytest.approx(6.4e-5)
     assert found["electra.encoder.layer.3.output.dense.weight"] == pytest.approx(1e-4 * 0.8**10)
-    assert found["electra.embeddings.word_embeddings.weight"] == found["electra.embeddings_project.weight"] == pytest.approx(1e-4 * 0.8**14)
+    assert (
+        found["electra.embeddings.word_embeddings.weight"]
+        == found["electra.embeddings_project.weight"]
+        == pytest.approx(1e-4 * 0.8**14)
+    )
 
 
 @pytest.mark.parametrize("blocks", [2, 12, 24])
@@ -75,7 +79,9 @@ def test_block_1_is_not_block_10():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.floats(0.1, 1.0), st.integers(0, 3), st.integers(0, 3), st.sampled_from([f for f in FAMILIES if f != "albert"]))
+@given(
+    st.floats(0.1, 1.0), st.integers(0, 3), st.integers(0, 3), st.sampled_from([f for f in FAMILIES if f != "albert"])
+)
 def test_rates_never_rise_on_the_way_down_and_every_weight_is_in_one_group(decay, head_power, top_power, family):
     anatomy = Anatomy.of(tiny(family, meta=True))
     table = LLRD(decay, head_power, top_power).settings(ParamTable.start(anatomy, learning_rate=1.0, steps=1))
