@@ -235,19 +235,30 @@ def _bias(
 
 
 def has_onednn() -> bool:
-    """Whether this torch has the oneDNN product that ``linear`` calls, and it agrees with torch's on a small case."""
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
+    """Whether this torch has the oneDNN products that ``linear`` calls, and they agree with its own on a small case."""
     x, w = torch.linspace(-1, 1, 64 * 48).view(64, 48), torch.linspace(-1, 1, 32 * 48).view(32, 48).sin()
+    g = F.linear(x, w, w[:, 0])
     try:
-        return torch.allclose(_product(x, w, w[:, 0]), F.linear(x, w, w[:, 0]), rtol=1e-4, atol=1e-4)
-    except (RuntimeError, TypeError):  # the operation is torch's own business and may change its form
+        with torch.no_grad():
+            found = (_product(x, w, w[:, 0]), *_slopes(g, x))
+        pairs = zip(found, (g, g.t() @ x, g.sum(0)), strict=True)
+        return all(torch.allclose(got, want, rtol=1e-4, atol=1e-3) for got, want in pairs)
+    except (AttributeError, RuntimeError, TypeError):  # torch's own operations, which may go or change their form
         return False
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     bias = None if b is None else b.contiguous()  # the operation ignores a bias's strides
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], ""))
+
+
+def _slopes(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight's and the bias's gradient, g^T x and the sum of g's rows, from g (n, outputs) and x (n, inputs)."""
+    if torch.is_grad_enabled():  # create_graph: an operation torch can differentiate
+        return linear(g.t(), x.t()), g.sum(0)
+    blocked = (g.contiguous().to_mkldnn(), x.contiguous().to_mkldnn())
+    made = torch.ops.aten.mkldnn_linear_backward_weights(*blocked, g, True)  # a dense third argument: dense results
+    return cast(tuple[Tensor, Tensor], made)
 
 
 class _Linear(torch.autograd.Function):
@@ -261,8 +272,10 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
         dx = None if w is None else linear(grads[0], w.t())
-        dw = None if x is None else linear(g.t(), x.reshape(-1, x.shape[-1]).t())
-        return dx, dw, g.sum(0) if ctx.needs_input_grad[2] else None
+        if x is None:
+            return dx, None, g.sum(0) if ctx.needs_input_grad[2] else None
+        dw, db = _slopes(g, x.reshape(-1, x.shape[-1]))
+        return dx, dw, db if ctx.needs_input_grad[2] else None
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -29,7 +29,9 @@ class Placement:
         self, *, precision: str = "fp32", compile: bool = False, trackers: Sequence[str] = (), folder: str | None = None
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState
 
+        AcceleratorState._reset_state()  # or a second run in this process could not have another precision
         self._accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(trackers) or None,

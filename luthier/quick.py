@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,10 +46,12 @@ def keep_memory() -> bool:
     """Have the C library keep freed memory for the next step instead of returning it; True where it can (glibc).
 
     A step frees hundreds of megabytes of activations; glibc gives them back to the system and pays a page fault for
-    every 4 kB at the next step. Process-wide; the process stays as large as its largest step. No number changes.
+    every 4 kB at the next step. Also asks torch for huge pages, which it grants if it has not allocated a tensor yet.
+    Process-wide; the process stays as large as its largest step. No number changes.
     """
     if not sys.platform.startswith("linux"):
         return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_threshold = -1, -3  # malloc.h's names for the two settings
     return mallopt is not None and bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))

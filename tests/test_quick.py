@@ -265,6 +265,18 @@ def test_linear_is_torchs_up_to_rounding(how: str) -> None:
 
 
 @needs_onednn
+def test_the_second_derivative_of_linear_is_torchs() -> None:
+    # The gradient of |d sum(y^3) / dx|^2 by weight, whose entries are of size 100: 1e-3 is rounding at float32.
+    found = []
+    for product in (linear, F.linear):
+        x, w = uniform(8, 6).float().requires_grad_(), uniform(4, 6, seed=1).float().requires_grad_()
+        (slope,) = torch.autograd.grad(product(x, w).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.pow(2).sum(), (x, w)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@needs_onednn
 def test_a_frozen_weight_gets_no_gradient_and_its_input_does() -> None:
     x, w = uniform(8, 6).float().requires_grad_(), uniform(4, 6, seed=1).float()
     linear(x, w).sum().backward()

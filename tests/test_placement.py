@@ -1,0 +1,74 @@
+"""Precision, compilation, accumulation through transformers.Trainer: what changes a step's arithmetic but not its meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import luthier
+from luthier.placement import Placement
+from tests.little import recipe, sentences, weights
+from tests.tinyfolder import tiny_folder
+
+BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
+
+
+def test_bf16_trains_near_fp32_and_keeps_single_precision_weights(tmp_path):
+    """bfloat16 has 8 bits of mantissa: the losses of the first steps agree to about one per cent."""
+    folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
+    full = luthier.fit(recipe(BASE), model=folder, data=sentences(), out=tmp_path / "full")
+    half = luthier.fit(recipe(BASE), model=folder, data=sentences(), out=tmp_path / "half", sets=["precision=bf16"])
+    for (_, one), (_, other) in zip(full.curves["loss"], half.curves["loss"], strict=True):
+        assert other == pytest.approx(one, rel=0.03)
+        assert other != one
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "half").values())
+    assert half.environment["precision"] == "bf16"
+
+
+def test_one_process_on_a_cpu_leaves_the_model_as_it_is(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    placement = Placement()
+    assert placement.place(model, None) is model  # type: ignore[arg-type]
+    assert (placement.processes, placement.sharded, placement.main) == (1, False, True)
+    assert placement.gathered([1, 2]) == [1, 2]
+
+
+def test_trainer_accumulation_is_the_big_batch(tmp_path):
+    """Trap: Trainer does not divide an overridden loss by the accumulation count unless told. SGD in float64, so a wrong factor shows."""
+    import transformers
+
+    from luthier.core.claims import Place, owns
+    from luthier.core.ingredient import Ingredient, ingredient
+    from luthier.hosts import hf
+    from tests.tiny import tiny
+
+    @ingredient
+    class SGD(Ingredient):
+        def touches(self):
+            return (owns(Place.OPTIMIZER),)
+
+    rows = [{"input_ids": torch.arange(3 + at, 11 + at), "labels": at % 3} for at in range(16)]
+    ends = []
+    for size, count in ((8, 1), (2, 4)):
+        model = tiny("bert").double()
+        run = luthier.begin(model, [SGD()], learning_rate=0.5, steps=2)
+        args = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=count, max_steps=2, max_grad_norm=0,
+            report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        parts = hf.parts(run, args)
+        trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
+        trainer.train()
+        run.finish()
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-10, atol=1e-12)
+    assert not torch.equal(ends[0]["classifier.weight"], tiny("bert").double().state_dict()["classifier.weight"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; its CPU twin is the test above")
+def test_on_a_gpu_the_same_recipe_ends_near_the_cpus_weights(tmp_path):
+    folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
+    luthier.fit(recipe(BASE), model=folder, data=sentences(), out=tmp_path / "gpu")
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "gpu").values())
