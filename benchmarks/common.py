@@ -24,12 +24,16 @@ from luthier.core.seeds import borrowed
 from luthier.job import Job, prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
+from luthier.quick import keep_memory
 from luthier.recipe.text import read
 from luthier.sources.demo import rows
 
 HERE = Path(__file__).parent
 LENGTH = 128
 BATCH = 16
+
+
+keep_memory()  # as ``fit`` does; process-wide, so the other trainer has it too
 
 
 def job(recipe: str, *, sets: tuple[str, ...] = (), limit: int | None = 80) -> Job:

@@ -22,6 +22,7 @@ from luthier.movement import movement
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
 from luthier.plan import StagePlan
+from luthier.quick import keep_memory
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
 from luthier.report import Report
@@ -74,6 +75,7 @@ def fit(
             is still there, and ``resume=True`` goes on from it).
     """
     say = narrator or Silent()
+    keep_memory()
     known = recipes.read(recipe, sets=[*sets, *([f"task={task}"] if task else [])], seed=seed)
     place = str(out) if out is not None else None
     settings = Placement(precision=known.precision, compile=known.compile, trackers=trackers, folder=place)

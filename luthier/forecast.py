@@ -16,7 +16,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
 from luthier.plan import Plan, StagePlan
-from luthier.quick import QuickRandom, quicken
+from luthier.quick import QuickRandom, keep_memory, quicken
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
 from luthier.units import duration, memory_peak, size
@@ -45,6 +45,7 @@ def forecast(
         LuthierError: whatever ``fit`` would refuse before its first step.
     """
     say = narrator or Silent()
+    keep_memory()
     known = recipes.read(recipe, sets=[*sets, *([f"task={task}"] if task else [])], seed=seed)
     placement = Placement(precision=known.precision, compile=known.compile)
     job = prepare(

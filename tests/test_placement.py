@@ -25,6 +25,16 @@ def test_bf16_trains_near_fp32_and_keeps_single_precision_weights(tmp_path):
     assert half.environment["precision"] == "bf16"
 
 
+@pytest.mark.slow
+def test_compiled_it_ends_on_the_same_weights_but_for_rounding(tmp_path):
+    folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
+    luthier.fit(recipe(BASE, steps=3), model=folder, data=sentences(), out=tmp_path / "plain")
+    luthier.fit(recipe(BASE, steps=3), model=folder, data=sentences(), out=tmp_path / "compiled", sets=["compile=true"])
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+
+
 def test_one_process_on_a_cpu_leaves_the_model_as_it_is(tmp_path):
     model = torch.nn.Linear(2, 2)
     placement = Placement()

@@ -1,0 +1,214 @@
+"""mixout: at each training forward pass some weights are the start weights again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from luthier.errors import ConflictError
+from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.surgery.mixout import Mixing, Mixout, mixed
+from luthier.run import Run, begin
+from luthier.testing import check_ingredient
+from tests.tiny import tiny
+
+BATCH = {"input_ids": torch.arange(3, 35).reshape(4, 8), "labels": torch.tensor([0, 1, 2, 0])}
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+def wide(*values: float) -> Tensor:
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def attached(model: nn.Module | None = None, steps: int = 4, **fields) -> Run:
+    return begin(model or tiny("bert"), [Mixout(**fields)], learning_rate=1e-2, steps=steps)
+
+
+def weight(run: Run, name: str = QUERY) -> Tensor:
+    return run.model.get_submodule(name).weight.detach().clone()
+
+
+def test_by_hand_one_kept_and_one_put_back():
+    # U = (1, 1), W = (3, 5), p = 1/2: kept 1 + (3 - 1) / (1/2) = 5, put back 1
+    assert mixed(wide(3, 5), wide(1, 1), wide(1, 0), 0.5).tolist() == [[5.0, 1.0]]
+
+
+def test_by_hand_at_one_it_is_the_target_and_weights_at_their_target_stay():
+    assert mixed(wide(3, 5), wide(1, 1), wide(1, 0), 1.0).tolist() == [[1.0, 1.0]]
+    assert mixed(wide(2, 7), wide(2, 7), wide(1, 0), 0.9).tolist() == [[2.0, 7.0]]
+
+
+def test_at_p_zero_and_in_eval_mode_nothing_changes():
+    one, other = tiny("bert"), tiny("bert")
+    for model, ingredients in ((one, [Mixout(p=0.0)]), (other, [])):
+        run = begin(model, ingredients, learning_rate=1e-2, steps=3)
+        for _ in range(3):
+            run.offer(run.closure(BATCH))
+            run.step()
+        run.finish()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    run = attached(p=0.9)
+    run.model.eval()
+    assert torch.equal(run.model(**BATCH).logits, tiny("bert")(**BATCH).logits)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95))
+def test_the_mean_over_masks_is_the_weight(seed, p):
+    """Exactly: the mean over M in {0, 1} with P(1) = 1 - p is p U + (1 - p)(U + (W - U) / (1 - p)) = W."""
+    draw = torch.Generator().manual_seed(seed)
+    w, u = (
+        torch.randn(3, 4, generator=draw, dtype=torch.float64),
+        torch.randn(3, 4, generator=draw, dtype=torch.float64),
+    )
+    mean = p * mixed(w, u, torch.zeros(3, 4, dtype=torch.float64), p) + (1 - p) * mixed(
+        w, u, torch.ones(3, 4, dtype=torch.float64), p
+    )
+    assert torch.allclose(mean, w, rtol=1e-10)
+    second = (1 - p) * (mixed(w, u, torch.ones(3, 4, dtype=torch.float64), p) - w) ** 2 + p * (u - w) ** 2
+    assert torch.allclose(second, p / (1 - p) * (w - u) ** 2, rtol=1e-8)
+
+
+def test_the_gradient_is_the_mask_over_one_minus_p():
+    w, u, kept = wide(3, 5).requires_grad_(), wide(1, 1), wide(1, 0)
+    mixed(w, u, kept, 0.9).sum().backward()
+    assert w.grad.tolist() == [[pytest.approx(10.0), 0.0]]
+    assert torch.autograd.gradcheck(lambda one: mixed(one, u, kept, 0.3), (w,))
+
+
+def test_with_a_target_of_zero_it_is_dropout_of_the_inputs():
+    draw = torch.Generator().manual_seed(0)
+    w, x = (
+        torch.randn(5, 4, generator=draw, dtype=torch.float64),
+        torch.randn(3, 4, generator=draw, dtype=torch.float64),
+    )
+    kept, p = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64), 0.4
+    assert torch.allclose(F.linear(x, mixed(w, torch.zeros_like(w), kept, p)), F.linear(x * kept / (1 - p), w))
+
+
+@pytest.mark.parametrize("mask", ["column", "element"])
+def test_a_column_mask_is_one_draw_an_input(mask):
+    run = attached(p=0.5, mask=mask)
+    target = weight(run)
+    with torch.no_grad():
+        run.model.get_submodule(QUERY).parametrizations.weight.original.add_(1.0)
+    run.progress.turn += 1
+    moved = (weight(run) - target).abs() > 0.5  # where the weight was kept
+    constant = (moved == moved[:1]).all()
+    assert bool(constant) is (mask == "column")
+    assert 0 < moved.sum() < moved.numel()
+
+
+def test_masks_differ_by_step_micro_batch_pass_and_layer_and_not_by_evaluation():
+    run = attached(p=0.5, mask="element")
+    with torch.no_grad():
+        for module in run.model.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                module.parametrizations.weight.original.add_(1.0)
+
+    def seen(part: int = 0, name: str = QUERY) -> Tensor:
+        run.progress.turn += 1
+        run.progress.part = part
+        return weight(run, name)
+
+    first = seen()
+    assert torch.equal(first, seen())
+    assert not torch.equal(first, seen(part=1))
+    again, second_pass = seen(), weight(run)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second_pass)
+    run.progress.step = 1
+    assert not torch.equal(first, seen())
+    run.progress.step = 0
+    key = QUERY.replace("query", "key")
+    assert not torch.equal(first - weight_of(QUERY), seen(name=key) - weight_of(key))
+
+
+def weight_of(name: str) -> Tensor:
+    return tiny("bert").get_submodule(name).weight.detach()
+
+
+def test_a_closure_evaluated_twice_gives_the_same_loss():
+    run = attached(p=0.5)
+    closure = run.closure(BATCH, BATCH)
+    run.offer(closure)
+    run.step()
+    assert torch.equal(closure.loss(), closure.loss())
+
+
+def test_dropout_inside_the_blocks_is_off_and_comes_back():
+    model = tiny("bert", dropout=0.2)
+    run = attached(model, p=0.5)
+    inside = [
+        module for name, module in model.named_modules() if isinstance(module, nn.Dropout) and "encoder.layer" in name
+    ]
+    assert {module.p for module in inside} == {0.0}
+    assert model.dropout.p == pytest.approx(0.2)
+    run.finish()
+    assert {round(module.p, 6) for module in inside} == {0.2}
+    loud = tiny("bert", dropout=0.2)
+    attached(loud, p=0.5, dropout=True)
+    assert loud.bert.encoder.layer[0].output.dropout.p == pytest.approx(0.2)
+
+
+def test_only_linear_weights_of_what_is_named_are_mixed():
+    run = attached(p=0.5, where=("top:1",))
+    mixing = {name for name, module in run.model.named_modules() if parametrize.is_parametrized(module)}
+    assert len(mixing) == 6
+    assert all(name.startswith("bert.encoder.layer.2.") for name in mixing)
+    everywhere = attached(p=0.5)
+    names = {name for name, module in everywhere.model.named_modules() if parametrize.is_parametrized(module)}
+    assert "classifier" not in names
+    assert "bert.pooler.dense" in names
+    assert not any("LayerNorm" in name or "embeddings" in name for name in names)
+
+
+def test_after_finish_names_order_and_kind_are_as_before():
+    model = tiny("bert")
+    names, kinds = [name for name, _ in model.named_parameters()], [type(module) for module in model.modules()]
+    run = attached(model, p=0.5, steps=1)
+    run.offer(run.closure(BATCH))
+    run.step()
+    run.finish()
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(copy.deepcopy(model).state_dict()) == list(tiny("bert").state_dict())
+
+
+def test_tied_weights_are_left_alone_and_it_is_said():
+    model = tiny("bert")
+    model.bert.encoder.layer[0].attention.self.key.weight = model.bert.encoder.layer[0].attention.self.query.weight
+    run = attached(model, p=0.5)
+    assert not parametrize.is_parametrized(model.get_submodule(QUERY))
+    assert any("tied" in note for note in run.notes)
+
+
+def test_gpt2s_transposed_weights_are_masked_by_input():
+    run = begin(tiny("gpt2"), [Mixout(p=0.5)], steps=1)
+    mixing = run.model.get_submodule("transformer.h.0.attn.c_attn").parametrizations.weight[0]
+    assert isinstance(mixing, Mixing)
+    assert mixing._shape == (16, 1)  # (inputs, 1): the weight is (16, 48)
+
+
+def test_it_cannot_share_a_stage_with_a_method_without_noise():
+    with pytest.raises(ConflictError, match=r"mixout needs the noise of the forward pass, which mezo does away with"):
+        begin(tiny("bert"), [Mixout(p=0.5), MeZO()], steps=1)
+
+
+@pytest.mark.parametrize("mask", ["column", "element"])
+def test_it_keeps_its_promises(mask):
+    check_ingredient(Mixout(p=0.5, mask=mask))
+
+
+def test_it_matters():
+    run = attached(p=0.7)
+    with torch.no_grad():
+        run.model.get_submodule(QUERY).parametrizations.weight.original.add_(1.0)
+    run.model.train()
+    assert not torch.equal(weight(run), run.model.get_submodule(QUERY).parametrizations.weight.original)
