@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,7 @@ def theirs(job: Job, *, steps: int, freeze: Callable[[torch.nn.Module], None] | 
     if freeze:
         freeze(model)
     args = transformers.TrainingArguments(
-        output_dir="/tmp/luthier-benchmark",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=BATCH,
         max_steps=steps,
         learning_rate=2e-5,

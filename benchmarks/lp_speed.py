@@ -5,6 +5,7 @@ Both are measured on the same rows and tokens, and by the accuracy on the same t
 
 from __future__ import annotations
 
+import tempfile
 import time
 
 import numpy as np
@@ -34,7 +35,7 @@ def main() -> None:
     for name, weight in other.named_parameters():
         weight.requires_grad_(name.startswith("classifier"))
     args = transformers.TrainingArguments(
-        "/tmp/luthier-benchmark", per_device_train_batch_size=BATCH, num_train_epochs=10, learning_rate=1e-2, report_to=[],
+        tempfile.mkdtemp(), per_device_train_batch_size=BATCH, num_train_epochs=10, learning_rate=1e-2, report_to=[],
         save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     trainer = transformers.Trainer(

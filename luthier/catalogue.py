@@ -10,7 +10,7 @@ from pathlib import Path
 
 from luthier.errors import Fault, RecipeError, did_you_mean
 from luthier.recipe import registry
-from luthier.recipe.text import SHIPPED, names, parse
+from luthier.recipe.shipped import description, names, text
 
 FAMILIES = {
     "settings": "rates, schedules, what is trainable",
@@ -27,7 +27,7 @@ FAMILIES = {
 
 def recipes_table() -> str:
     """The shipped recipes, a line or two each, at 80 columns."""
-    rows = [(name, str(parse(recipe_text(name)).get("description", ""))) for name in names()]
+    rows = [(name, description(name)) for name in names()]
     return _columns(rows) + "\n\nluthier recipes NAME prints one; save it, change it, and give the file to --recipe."
 
 
@@ -40,7 +40,7 @@ def recipe_text(name: str) -> str:
     if name not in names():
         hint = did_you_mean(name, names()) or f"There are: {', '.join(names())}."
         raise RecipeError.of([Fault(name, "must be a shipped recipe", do=hint)], "luthier recipes")
-    return (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").rstrip()
+    return text(name).rstrip()
 
 
 def methods_table() -> str:
@@ -62,8 +62,8 @@ def card(name: str) -> str:
     if name not in registry.INGREDIENTS:
         hint = did_you_mean(name, registry.INGREDIENTS) or "See 'luthier methods'."
         raise RecipeError.of([Fault(name, "must be an ingredient", do=hint)], "luthier card")
-    text = _card_file(name).read_text(encoding="utf-8").rstrip()
-    return text.replace("<!-- claims -->", "\n".join(f"- {claim}" for claim in _claims(name)) or "- none")
+    written = _card_file(name).read_text(encoding="utf-8").rstrip()
+    return written.replace("<!-- claims -->", "\n".join(f"- {claim}" for claim in _claims(name)) or "- none")
 
 
 def _claims(name: str) -> list[str]:
@@ -87,8 +87,8 @@ def _sentence(name: str) -> str:
 def _columns(rows: list[tuple[str, str]], width: int = 76) -> str:
     first = max((len(name) for name, _ in rows), default=0) + 2
     lines = []
-    for name, text in rows:
-        wrapped = textwrap.wrap(text, width - first) or [""]
+    for name, about in rows:
+        wrapped = textwrap.wrap(about, width - first) or [""]
         lines.append(f"{name:<{first}}{wrapped[0]}")
         lines += [" " * first + more for more in wrapped[1:]]
     return "\n".join(lines)

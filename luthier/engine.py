@@ -239,7 +239,7 @@ class _Fitting:
 
     def _log(self, values: dict[str, Any]) -> None:
         if self.folder:
-            self.folder.log(**values)
+            self.folder.log(values)
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
         self._track(numbers, self.trace.steps)
 

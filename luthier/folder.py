@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -88,13 +89,13 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
-    def log(self, **values: Any) -> None:
+    def log(self, values: Mapping[str, Any]) -> None:
         """Adds a line to log.jsonl."""
         if not self.main:
             return
         if self._log is None:
             self._log = (self.path / "log.jsonl").open("ab")
-        self._log.write((json.dumps(values) + "\n").encode())
+        self._log.write((json.dumps(dict(values)) + "\n").encode())
         self._log.flush()
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +12,11 @@ import yaml
 
 from luthier.core.ingredient import Ingredient
 from luthier.errors import Fault, RecipeError, did_you_mean
-from luthier.recipe import registry
+from luthier.recipe import registry, shipped
 from luthier.recipe.recipe import Recipe, Stage
 
 T = TypeVar("T")
 ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}
-SHIPPED = resources.files("luthier") / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,11 +59,6 @@ def parse(text: str, *, inside: str = "the text") -> Any:
         raise RecipeError.of([Fault(where, getattr(error, "problem", None) or "must be YAML")], inside) from None
 
 
-def names() -> list[str]:
-    """The recipes that come with Luthier."""
-    return sorted(item.name.removesuffix(".yaml") for item in SHIPPED.iterdir() if item.name.endswith(".yaml"))
-
-
 def read(source: str | Path | Recipe, *, sets: Sequence[str] = (), seed: int | None = None) -> Recipe:
     """A recipe from a shipped name, a file, or a Recipe; with ``--set`` style changes.
 
@@ -99,10 +92,10 @@ def _plain(source: str | Path) -> tuple[Any, str]:
         if not path.is_file():
             raise RecipeError.of([Fault(str(source), "must be a file", "nothing there")], "--recipe")
         return parse(path.read_text(encoding="utf-8"), inside=path.name), path.name
-    if str(source) not in names():
-        hint = did_you_mean(str(source), names()) or f"Shipped: {', '.join(names())}."
+    if str(source) not in shipped.names():
+        hint = did_you_mean(str(source), shipped.names()) or f"Shipped: {', '.join(shipped.names())}."
         raise RecipeError.of([Fault(str(source), "must be a shipped recipe or a .yaml file", do=hint)], "--recipe")
-    return parse((SHIPPED / f"{source}.yaml").read_text(encoding="utf-8"), inside=str(source)), str(source)
+    return parse(shipped.text(str(source)), inside=str(source)), str(source)
 
 
 def build(plain: Mapping[str, Any], *, inside: str) -> Recipe:

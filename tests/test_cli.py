@@ -1,0 +1,199 @@
+"""The command line as a new user meets it: what it prints, what it writes, how it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier import cli
+from tests.little import sentences
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "reviews.csv"
+    sentences(80).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command line in this process, in an empty folder, without a network."""
+
+    def refuse(*args, **named):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def written(folder: Path = Path()) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+SHORT = ("--set", "max_length=16", "--set", "stages.1.steps=6")
+
+
+def fit(run, tiny_model, data, *more):
+    return run("fit", "--recipe", "lp-ft", "--model", tiny_model, "--data", data, *SHORT, *more)
+
+
+def test_fit_report_and_predict_from_end_to_end(run, tiny_model, data):
+    code, out, err = fit(run, tiny_model, data, "--out", "first")
+    assert code == 0, err
+    assert "classification: 2 labels" in out
+    assert "stage 2 'finetune': 6 steps of 16 rows" in out
+    assert "luthier predict first" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith(("  luthier", "warning"))) <= 80
+    code, out, _ = run("report", "first")
+    assert code == 0
+    assert "accuracy" in out
+    new = Path("new.csv")
+    new.write_text('id,text,label\n1,"good film",x\n2,"bad, awful book",y\n', encoding="utf-8")
+    code, _, err = run("predict", "first", "--data", new, "--out", "told.csv")
+    assert code == 0, err
+    rows = list(csv.DictReader(Path("told.csv").read_text().splitlines()))
+    assert [row["id"] for row in rows] == ["1", "2"]
+    assert all(abs(float(row["p_good"]) + float(row["p_bad"]) - 1) < 1e-9 for row in rows)
+    assert all(row["prediction"] == max(("good", "bad"), key=lambda name: float(row[f"p_{name}"])) for row in rows)
+    code, out, _ = run("predict", "first", "--data", new)
+    assert out.splitlines()[0] == "id,text,label,prediction,p_bad,p_good"
+    code, _, _ = run("predict", "first", "--data", new, "--out", "told.jsonl")
+    assert json.loads(Path("told.jsonl").read_text().splitlines()[0])["prediction"] in ("good", "bad")
+    code, _, err = run("predict", "first", "--data", new, "--out", "told.csv")
+    assert code == 2
+    assert "must not exist yet" in err
+
+
+def test_without_out_runs_are_named_and_never_overwritten(run, tiny_model, data):
+    assert fit(run, tiny_model, data, "--seed", 3)[0] == 0
+    assert fit(run, tiny_model, data, "--seed", 3)[0] == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["lp-ft-reviews-seed3", "lp-ft-reviews-seed3-2"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_resume_gives_the_report(run, tiny_model, data):
+    assert fit(run, tiny_model, data, "--out", "a")[0] == 0
+    before = written(Path("a"))
+    code, _, err = fit(run, tiny_model, data, "--out", "a")
+    assert code == 2
+    assert "holds a finished run" in err
+    assert fit(run, tiny_model, data, "--out", "a", "--resume")[0] == 0
+    assert written(Path("a")) == before
+
+
+def test_plan_trains_nothing_writes_nothing_and_forecasts(run, tiny_model, data):
+    code, out, err = run("plan", "--recipe", "lp-ft", "--model", tiny_model, "--data", data, *SHORT)
+    assert code == 0, err
+    assert "memory forecast" in out
+    assert "steps of" in out
+    assert "training: about" in out
+    assert written() == []
+    code, out, _ = run("plan", "--recipe", "lp-ft", "--model", tiny_model, "--data", data, *SHORT, "--no-time")
+    assert code == 0
+    assert "training: about" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--recipe", "lpft"], "Did you mean 'lp-ft'?"),
+        (["--set", "stages.1.epoch=3"], "Did you mean 'epochs'?"),
+        (["--label", "lable"], "Did you mean 'label'?"),
+        (["--text", "nothing"], "nothing"),
+        (["--task", "ranking"], "classification"),
+        (["--set", "metric=accurcy"], "Did you mean 'accuracy'?"),
+        (["--set", "stages.1.swa.start=2"], "there is no 'swa' here"),
+        (["--ood", "far"], "must be NAME=PATH"),
+        (["--resume"], "--resume needs --out"),
+    ],
+)
+def test_a_mistake_gets_a_clear_line_exit_2_and_nothing_is_written(run, tiny_model, data, words, said):
+    code, _, err = fit(run, tiny_model, data, *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert written() == []
+
+
+def test_a_mistyped_flag_is_refused_by_name(run, tiny_model, data):
+    code, _, err = run("fit", "--modle", tiny_model, "--data", data)
+    assert code == 2
+    assert "--modle" in err
+
+
+def test_model_and_data_must_be_given(run):
+    code, _, err = run("fit")
+    assert code == 2
+    assert "--model and --data must be given, or --demo" in err
+
+
+def test_init_writes_a_recipe_that_plans_and_never_overwrites(run, tiny_model, data):
+    code, out, _ = run("init", "--data", data, "--out", "mine.yaml")
+    assert code == 0
+    assert "luthier plan --recipe mine.yaml" in out
+    code, out, err = run(
+        "plan", "--recipe", "mine.yaml", "--model", tiny_model, "--data", data, "--no-time", "--set", "max_length=32"
+    )
+    assert code == 0, err
+    code, _, err = run("init", "--data", data, "--out", "mine.yaml")
+    assert code == 2
+    assert "exists" in err
+
+
+def test_lists_cards_and_schema_are_told_in_80_columns(run):
+    for words in (["recipes"], ["methods"], ["recipes", "lp-ft"]):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 90
+    assert "solver: exact" in out
+    code, out, _ = run("card", "llrd")
+    assert code == 0
+    assert "scales the learning rate" in out
+    code, _, err = run("card", "lldr")
+    assert code == 2
+    assert "Did you mean 'llrd'?" in err
+    code, out, _ = run("schema")
+    assert json.loads(out)["title"] == "Luthier recipe"
+    code, out, _ = run("--version")
+    assert (code, out.startswith("luthier ")) == (0, True)
+
+
+def test_predicting_with_a_run_that_has_not_ended_is_refused(run, tmp_path):
+    (tmp_path / "half").mkdir()
+    code, _, err = run("predict", tmp_path / "half", "--data", "x.csv")
+    assert code == 2
+    assert "holds no finished run" in err
+
+
+def test_exit_codes_and_messages_hold_for_the_installed_command(tmp_path):
+    """Once through a real process: 0, and 2 with one message and no traceback."""
+    done = subprocess.run([sys.executable, "-m", "luthier.cli", "recipes"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, "lp-ft" in done.stdout) == (0, True)
+    words = ["fit", "--model", str(tmp_path), "--data", str(tmp_path / "no.csv")]
+    done = subprocess.run([sys.executable, "-m", "luthier.cli", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "no.csv" in done.stderr
+    assert "Traceback" not in done.stderr
