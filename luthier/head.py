@@ -18,6 +18,7 @@ from luthier.core.scores import Array, nll
 STRENGTHS = tuple(float(value) for value in np.logspace(-4, 3, 15))
 ALPHAS = tuple(float(value) for value in np.logspace(-4, 6, 21))
 _FOLDS = 5
+_SMALL = 50_000_000  # multiplications a pass below which waking a second thread costs more than it saves: thirty times, on two cores
 _NEVER = 30.0  # how far below the least likely class the bias of a class without rows lies: e**-30 of probability
 
 
@@ -126,6 +127,7 @@ def _fit(
     """One (weight, bias, iterations, converged) a strength, over all ``classes``."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     seen = np.unique(labels)
     if len(seen) == 1:
@@ -134,9 +136,10 @@ def _fit(
         solver="lbfgs", max_iter=max_iter, tol=1e-6, warm_start=True, fit_intercept=intercept
     )
     fits = []
+    small = features.size * classes < _SMALL
     for strength in strengths:
         model.C = strength
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, threadpool_limits(1 if small else None):
             warnings.simplefilter("always")
             model.fit(features, labels)
         weight, bias = np.asarray(model.coef_), np.atleast_1d(np.asarray(model.intercept_, dtype=np.float64))

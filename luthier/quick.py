@@ -169,7 +169,8 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.handle.mode
         recomputes = any(part.gradient_checkpointing for part in self.checkpointed)
-        if not self.handle.active or not self.model.training or recomputes:
+        off = not self.model.training and not self.handle.evaluation
+        if not self.handle.active or off or recomputes:
             return self.forward(*args, **kwargs)
         mode.graph = torch.is_grad_enabled()
         with mode:
@@ -185,8 +186,9 @@ class Handle:
         active: False after ``remove``.
     """
 
-    def __init__(self, model: nn.Module, random: QuickRandom, linears: bool) -> None:
+    def __init__(self, model: nn.Module, random: QuickRandom, linears: bool, *, evaluation: bool = False) -> None:
         self.random = random
+        self.evaluation = evaluation
         self.notes = _notes(model, linears)
         self.active = True
         self.mode = _Mode(random, linears)
@@ -217,18 +219,20 @@ class Handle:
         return self  # a copy of the model draws from the same stream and is released with it
 
 
-def quicken(model: nn.Module, random: QuickRandom, *, linears: bool | None = None) -> Handle:
+def quicken(model: nn.Module, random: QuickRandom, *, linears: bool | None = None, evaluation: bool = False) -> Handle:
     """Make the model's training forward quick on the CPU, until ``Handle.remove``.
 
-    Only the instance's ``forward`` is replaced. Left to torch: evaluation mode, other devices, ``torch.func``,
+    Only the instance's ``forward`` is replaced. Left to torch: evaluation mode unless asked, other devices, ``torch.func``,
     compilation, gradient checkpointing, p = 0. Attention is served where it is ``scaled_dot_product_attention``.
 
     Args:
         random: the stream of the masks.
         linears: whether linear layers go through oneDNN (they then differ from torch's by rounding); None asks
             ``onednn_is_quicker``.
+        evaluation: whether linear layers are served in evaluation mode as well, where there is no dropout to serve.
     """
-    return Handle(model, random, onednn_is_quicker() if linears is None else linears and has_onednn())
+    chosen = onednn_is_quicker() if linears is None else linears and has_onednn()
+    return Handle(model, random, chosen, evaluation=evaluation)
 
 
 def _notes(model: nn.Module, linears: bool) -> tuple[str, ...]:

@@ -180,13 +180,22 @@ def keep_frozen(job: Job, run: Run, inner: TaskLoss, placement: Placement, narra
         return made
 
     outputs = frozen.FrozenOutputs(run.model, blocks)
-    with narrator.bar(f"{plan.name}: frozen layers", len(train_rows)) as bar, _evaluating(run):
+    with (
+        narrator.bar(f"{plan.name}: frozen layers", len(train_rows)) as bar,
+        _evaluating(run),
+        _quick(run.model, placement),
+    ):
         outputs.learn(range(len(train_rows)), train_rows.lengths, batch, size=BATCH, tick=bar.advance)
         fits = frozen.holds(run.model, outputs, list(range(min(4, len(train_rows)))), batch)
     if not fits:
         return f"the outputs of {len(blocks)} frozen blocks cannot be replayed in this family and are computed anew each step"
     inner.frozen = outputs
     return f"the outputs of {len(blocks)} frozen blocks are computed once and kept ({size / 1e6:.0f} MB)"
+
+
+def _quick(model: nn.Module, placement: Placement) -> AbstractContextManager[Any]:
+    """Quick linear layers for passes over the whole data without gradients, on a CPU."""
+    return quicken(model, QuickRandom(0), evaluation=True) if placement.device.type == "cpu" else nullcontext()
 
 
 class _evaluating:
@@ -217,6 +226,7 @@ def solve(
     splits = [name for name in ("train", "validation") if name in job.encoded]
     features: dict[str, Any] = {}
     with (
+        _quick(model, placement),
         narrator.bar(f"{plan.name}: features", sum(len(job.encoded[name]) for name in splits)) as bar,
         frozen.read_out(model, plan.anatomy),
     ):

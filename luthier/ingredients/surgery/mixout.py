@@ -17,6 +17,9 @@ from luthier.core.claims import Claim, Place, needs, owns
 from luthier.core.context import Context, Tensors
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.table import ParamTable
+from luthier.errors import Fault, RunError
+
+_MIXED = ".parametrizations.weight.original"
 
 
 def mixed(weight: Tensor, target: Tensor, kept: Tensor, p: float) -> Tensor:
@@ -37,7 +40,11 @@ class Mixing(nn.Module):
     """The parametrization of one weight. Its target is a buffer, so it is saved and moved with the model.
 
     The mask is drawn from the ingredient's own stream, named by the weight, the step, the micro-batch and the number of the
-    forward pass inside the evaluation: the same evaluation made twice sees the same masks.
+    forward pass inside the evaluation: the same evaluation made twice sees the same masks. A forward pass that gradient
+    checkpointing repeats inside the backward pass gets the mask it had; of several, the last one first, as backward passes go.
+
+    Raises (when called):
+        RunError: gradient checkpointing repeats a forward pass that it first made without gradients (``use_reentrant=True``).
     """
 
     target: Tensor
@@ -46,20 +53,37 @@ class Mixing(nn.Module):
         super().__init__()
         self.register_buffer("target", target)
         self._p, self._shape, self._name, self._ctx = p, shape, name, ctx
-        self._turn, self._passes = -1, 0
+        self._step, self._turn, self._passes = -1, -1, 0
+        self._drawn: list[int] = []  # seeds of this step's passes that a backward pass may repeat
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training or self._p == 0.0:
             return weight
+        return mixed(weight, self.target, self._kept(weight), self._p)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _kept(self, weight: Tensor) -> Tensor:
+        draw = torch.Generator(weight.device).manual_seed(self._seed())
+        kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device)
+        return kept.bernoulli_(1.0 - self._p, generator=draw)
+
+    def _seed(self) -> int:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, as torch.utils.checkpoint asks it
+            if not self._drawn:
+                do = "Say gradient_checkpointing_kwargs={'use_reentrant': False}, or leave checkpointing off."
+                must = "must see again the mask of the forward pass that is repeated"
+                raise RunError.of([Fault(self._name, must, do=do)], "mixout")
+            return self._drawn.pop()
         progress = self._ctx.progress
-        if progress.turn != self._turn:
-            self._turn, self._passes = progress.turn, 0
-        draw = self._ctx.rng(self._name, progress.part, self._passes, device=weight.device)
+        if progress.step != self._step:
+            self._drawn.clear()
+        if (progress.step, progress.turn) != (self._step, self._turn):
+            self._step, self._turn, self._passes = progress.step, progress.turn, 0
+        seed = self._ctx.seed_of(self._name, progress.part, self._passes)
         self._passes += 1
-        kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device).bernoulli_(
-            1.0 - self._p, generator=draw
-        )
-        return mixed(weight, self.target, kept, self._p)
+        if torch.is_grad_enabled():
+            self._drawn.append(seed)
+        return seed
 
 
 @ingredient
@@ -84,22 +108,30 @@ class Mixout(Ingredient):
     def surgery(self, model: nn.Module, ctx: Context) -> None:
         chosen = frozenset().union(*(ctx.anatomy.select(selector) for selector in self.where))
         tied = _tied(model)
-        for name, module, transposed in _linears(model):
+        names = []
+        for name, module, transposed in list(_linears(model)):
             if f"{name}.weight" not in chosen:
                 continue
-            if id(module.weight) in tied:
+            weight = cast(Tensor, module.weight)
+            if id(weight) in tied:
                 ctx.note(f"mixout leaves {name} alone: its weight is tied to another module")
                 continue
-            weight = cast(Tensor, module.weight)
+            if not weight.is_floating_point():
+                ctx.note(f"mixout leaves {name} alone: its weight is quantised")
+                continue
             column = (weight.shape[0], 1) if transposed else (1, weight.shape[1])
             shape = column if self.mask == "column" else tuple(weight.shape)
             mixing = Mixing(weight.detach().clone(), p=self.p, shape=shape, name=name, ctx=ctx)
             parametrize.register_parametrization(module, "weight", mixing, unsafe=True)
+            names.append(name)
         if self.p and not self.dropout:
-            before = {name: torch.tensor(module.p) for name, module in _dropouts(model, ctx)}
+            blocks = [block for block in ctx.anatomy.block_names if any(name.startswith(f"{block}.") for name in names)]
+            before = {
+                f"{name}.{field}": torch.tensor(p, dtype=torch.float64) for name, field, p in _dropouts(model, blocks)
+            }
             ctx.keep("dropout", lambda: Tensors(before))
-            for _, module in _dropouts(model, ctx):
-                module.p = 0.0
+            for at in before:
+                _set(model, at, 0.0)
 
     def finish(self, model: nn.Module, ctx: Context) -> None:
         for _, module, _ in list(_linears(model)):
@@ -113,12 +145,12 @@ class Mixout(Ingredient):
                         name, module._parameters.pop(name)
                     )  # back behind the weight, where it was
         for name, p in ctx.keep("dropout", Tensors).items():
-            cast(nn.Dropout, model.get_submodule(name)).p = float(p)
+            _set(model, name, float(p))
 
     def state_bytes(self, table: ParamTable) -> int:
+        """One more copy of what is mixed; the table is that of the model after surgery."""
         chosen = table.select(self.where)
-        rows = [row.part for row in table.rows if row.name in chosen and row.part.kind == "weight" and row.part.depth]
-        return sum(part.bytes for part in rows if len(part.shape) == 2)
+        return sum(row.part.bytes for row in table.rows if row.name in chosen and row.name.endswith(_MIXED))
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -138,8 +170,25 @@ def _tied(model: nn.Module) -> set[int]:
     return twice
 
 
-def _dropouts(model: nn.Module, ctx: Context) -> Iterator[tuple[str, nn.Dropout]]:
-    """Dropout modules inside the blocks."""
+def _dropouts(model: nn.Module, blocks: list[str]) -> Iterator[tuple[str, str, float]]:
+    """Every dropout in ``blocks`` that is on, as (module, field, chance).
+
+    Modules have it as ``p``; layers that call the functional form, such as Llama's and T5's attention, as a number of their own
+    whose name says dropout.
+    """
+    inside = tuple(f"{block}." for block in blocks)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and name.startswith(tuple(f"{block}." for block in ctx.anatomy.block_names)):
-            yield name, module
+        if not f"{name}.".startswith(inside):
+            continue
+        if isinstance(module, nn.Dropout):
+            fields = ["p"]
+        else:
+            fields = [field for field, value in vars(module).items() if "dropout" in field and isinstance(value, float)]
+        for field in fields:
+            if getattr(module, field) > 0:
+                yield name, field, getattr(module, field)
+
+
+def _set(model: nn.Module, at: str, p: float) -> None:
+    name, _, field = at.rpartition(".")
+    setattr(model.get_submodule(name), field, p)
