@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,21 @@ from torch.optim import Optimizer
 
 from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Claim, Place, voids
+from luthier.errors import Fault, MissingExtra, RecipeError, did_you_mean
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}  # name -> package
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Accelerate passes over a tracker that is not installed, silently; here it is told before anything runs."""
+    unknown = [
+        Fault(name, "must be a tracker", do=did_you_mean(name, TRACKERS)) for name in names if name not in TRACKERS
+    ]
+    if unknown:
+        raise RecipeError.of(unknown, "--track")
+    missing = [name for name in names if importlib.util.find_spec(TRACKERS[name]) is None]
+    if missing:
+        raise MissingExtra(f"--track {missing[0]} needs its package.  pip install {TRACKERS[missing[0]]}")
 
 
 class Placement:
@@ -31,6 +47,7 @@ class Placement:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
+        _check_trackers(trackers)
         AcceleratorState._reset_state()  # or a second run in this process could not have another precision
         self._accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,

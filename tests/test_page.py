@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier import page, page_tables, page_words
+from luthier import page
+from luthier.page import tables, words
+from luthier.page.svg import MOST_POINTS, smoothed, thinned
 from luthier.report import Movement, Report
-from luthier.svg import MOST_POINTS, smoothed, thinned
 from tests.test_report import TEST, a_report
 
 EVIL = "<script>alert('x')</script><!-- & \" --!> $x_1$"
@@ -200,20 +201,20 @@ def test_more_than_25_classes_show_the_ten_pairs_that_are_confused_most() -> Non
     counts = np.diag(np.full(26, 10))
     counts[3, 4], counts[7, 2] = 6, 9
     report = a_report(labels=tuple(f"c{at}" for at in range(26)), confusion={"test": counts.tolist()})
-    (found,) = page_tables.confusions(report, ["test"])
+    (found,) = tables.confusions(report, ["test"])
     # of class 3, 6 of 10 + 6 rows are taken for class 4; of class 7, 9 of 10 + 9 for class 2
     assert found.pairs == (("c7", "c2", 9, 9 / 19), ("c3", "c4", 6, 6 / 16))
     assert found.rows == ()
 
 
 def test_a_confusion_matrix_is_shaded_by_the_share_of_the_true_class() -> None:
-    (found,) = page_tables.confusions(a_report(), ["test"])
+    (found,) = tables.confusions(a_report(), ["test"])
     # class no: 6 + 1 rows, class yes: 1 + 2
     assert found.rows == (("no", ((6, 6 / 7), (1, 1 / 7))), ("yes", ((1, 1 / 3), (2, 2 / 3))))
 
 
 def test_only_scores_that_calibration_changes_have_two_columns() -> None:
-    found = page_tables.scores(a_report())
+    found = tables.scores(a_report())
     changed = {title for title, twice in found.columns if twice}
     assert changed == {"NLL (nats)", "ECE"}
     split, rows, values = found.rows[1]
@@ -225,7 +226,7 @@ def test_only_scores_that_calibration_changes_have_two_columns() -> None:
 def test_the_cards_tell_the_score_its_interval_the_shift_and_the_calibration() -> None:
     # Wilson for 8 of 10 and z = 1.96: centre (0.8 + 0.1921) / 1.3841 = 0.7167, half width
     # 1.96 sqrt(0.016 + 0.0096) / 1.3841 = 0.2266, so 0.490 to 0.943
-    assert [(card.value, card.below) for card in page_words.cards(a_report())] == [
+    assert [(card.value, card.below) for card in words.cards(a_report())] == [
         ("80.0\u00a0%", "95\u00a0% interval 49.0 to 94.3; 10 rows"),
         ("65.0\u00a0%", "15.0 points below test"),
         ("0.100 → 0.020", "before → after temperature 1.5"),
@@ -234,7 +235,7 @@ def test_the_cards_tell_the_score_its_interval_the_shift_and_the_calibration() -
 
 def test_the_sentences_say_it_plainly() -> None:
     # the larger class has 7 of 10 rows; the bins are 90 % sure and 80 % right
-    assert page_words.sentences(a_report()) == [
+    assert words.sentences(a_report()) == [
         "The model was fine-tuned in 2 stages (probe, then finetune) on 40 rows.",
         "It names the right class for 8 of 10 test rows (80.0\u00a0%); "
         "always answering “no” would be right for 70.0\u00a0%.",
@@ -242,7 +243,7 @@ def test_the_sentences_say_it_plainly() -> None:
         "On test it is over-confident: 90.0\u00a0% sure on average and 80.0\u00a0% right. "
         "With temperature 1.5 the calibration error falls from 0.100 to 0.020.",
     ]
-    assert page_words.sentences(regression())[1:] == [
+    assert words.sentences(regression())[1:] == [
         "On the 3 test rows its predictions are 0.4 away from the true value on average "
         "and correlated with it at 0.900 (Pearson).",
         "On the shifted test forums its Pearson r is 0.700, 0.200 below test.",
@@ -268,7 +269,7 @@ def test_blocks_that_learn_alike_are_one_row_of_the_plan_and_decay_is_told_once(
             row(4, "head", 1e-4),
         ],
     }
-    (found,) = page_tables.plans({"stages": [stage]})
+    (found,) = tables.plans({"stages": [stage]})
     assert found.about == "40 steps of 32 rows, peak rate 0.0001"
     assert [(one.name, one.weights, one.rate, one.share, one.decay) for one in found.rows] == [
         ("head", 5, "0.0001", 1.0, "0"),
@@ -285,15 +286,15 @@ def test_a_solved_head_has_no_rate() -> None:
         {"depth": 1, "name": "head", "trainable": True, "lr": 2e-5, **same},
     ]
     stage = {"name": "probe", "solver": "exact", "rows_by_depth": rows, "memory": {"weights": 9, "gradients": 0}}
-    (found,) = page_tables.plans({"stages": [stage]})
+    (found,) = tables.plans({"stages": [stage]})
     assert found.about == "the head is solved exactly, without steps"
     assert [(one.name, one.rate, one.share) for one in found.rows] == [("head", "solved", 0), ("block 0", "frozen", 0)]
     assert found.memory == {"weights": 9}
 
 
 def test_a_plan_of_another_shape_is_left_out() -> None:
-    assert page_tables.plans({"stages": [{"name": "x"}]}) == []
-    assert page_tables.plans({}) == []
+    assert tables.plans({"stages": [{"name": "x"}]}) == []
+    assert tables.plans({}) == []
 
 
 def test_a_mean_that_moves_over_a_constant_is_that_constant_and_short_series_are_themselves() -> None:

@@ -25,6 +25,14 @@ def test_bf16_trains_near_fp32_and_keeps_single_precision_weights(tmp_path):
     assert half.environment["precision"] == "bf16"
 
 
+def test_a_tracker_that_is_not_known_or_not_installed_is_told_before_anything_runs(monkeypatch):
+    with pytest.raises(luthier.LuthierError, match="Did you mean 'wandb'?"):
+        Placement(trackers=["wandbb"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(luthier.LuthierError, match="pip install mlflow"):
+        Placement(trackers=["mlflow"])
+
+
 @pytest.mark.slow
 def test_compiled_it_ends_on_the_same_weights_but_for_rounding(tmp_path):
     folder = tiny_folder(tmp_path / "tiny", dropout=0.0)

@@ -46,6 +46,9 @@ class ForwardOnly(Optimizer):
 
         The weights are left at theta - eps z, from where ``step`` goes on; at theta when either loss is not a number.
         """
+        if self._offered is not None:  # offered again before a step: back to theta first
+            self._move(self._offered[0], self._eps)
+            self._offered = None
         seed = self._seed()
         self._move(seed, self._eps)
         high = closure.loss(noise=False)

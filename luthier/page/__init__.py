@@ -8,10 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from luthier import page_tables, page_words, plots, plots_curves
 from luthier.jsonfile import write_whole
+from luthier.page import curves as curve_plots
+from luthier.page import plots, tables, words
+from luthier.page.svg import clipped, tidy
 from luthier.report import Report, flat
-from luthier.svg import clipped, tidy
 from luthier.units import count, duration, size
 
 TEXT_LETTERS = 280  # of a mistake's text
@@ -32,16 +33,16 @@ def render(report: Report) -> str:
     splits = _splits(report)
     return template.render(
         report=report,
-        cards=page_words.cards(report),
-        sentences=page_words.sentences(report),
-        scores=page_tables.scores(report),
-        calibration=page_words.calibration_name(report),
+        cards=words.cards(report),
+        sentences=words.sentences(report),
+        scores=tables.scores(report),
+        calibration=words.calibration_name(report),
         curves=_curves(report),
         movement=_movement(report),
-        confusions=page_tables.confusions(report, splits),
+        confusions=tables.confusions(report, splits),
         reliability=_reliability(report, splits),
         scatter=_scatter(report),
-        plans=page_tables.plans(report.plan),
+        plans=tables.plans(report.plan),
     )
 
 
@@ -63,9 +64,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        count=count, size=size, duration=duration, clipped=_clipped, split=page_words.split_title
-    )
+    environment.filters.update(count=count, size=size, duration=duration, clipped=_clipped, split=words.split_title)
     return environment
 
 
@@ -85,13 +84,13 @@ def _curves(report: Report) -> list[Figure]:
     unit = "nats" if report.task == "classification" else ""
     told = "The training loss of each step and its moving average"
     told += "; the loss on validation." if any("nll" in scores for _, scores in curves["validation"]) else "."
-    found = [Figure(plots_curves.loss(curves, unit=unit), told)]
-    name = page_words.title(report.metric)
-    measured = plots_curves.validation(curves, metric=report.metric, title=name)
+    found = [Figure(curve_plots.loss(curves, unit=unit), told)]
+    name = words.title(report.metric)
+    measured = curve_plots.validation(curves, metric=report.metric, title=name)
     if measured:
         found.append(Figure(measured, f"The {name} on validation while training."))
     if curves["learning_rate"]:
-        found.append(Figure(plots_curves.rate(curves), "The learning rate of the fastest weights."))
+        found.append(Figure(curve_plots.rate(curves), "The learning rate of the fastest weights."))
     return found
 
 
@@ -128,12 +127,12 @@ def _reliability(report: Report, splits: list[str]) -> list[Figure]:
     found = []
     for at, split in enumerate(splits):
         bins = report.reliability.get(split, {})
-        where = page_words.split_title(split)
+        where = words.split_title(split)
         for when, scores in (("before", report.splits), ("after", flat(report.calibrated))):
             if not bins.get(when):
                 continue
-            how = "as trained" if when == "before" else f"after {page_words.calibration_name(report)}"
-            ece = page_words.shown("ece", scores.get(split, {}).get("ece"))
+            how = "as trained" if when == "before" else f"after {words.calibration_name(report)}"
+            ece = words.shown("ece", scores.get(split, {}).get("ece"))
             told = f"{where}, {how}: ECE {ece}"
             svg = plots.reliability(bins[when], label=told, name=f"reliability-{at}-{when}")
             found.append(Figure(svg, told))
