@@ -10,10 +10,10 @@ demo: $(STAMP)            ## fine-tune a real model on real text, under two minu
 	$(BIN)/luthier fit --demo --recipe lp-ft
 
 test: $(STAMP)            ## the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 check: $(STAMP) lint types doctest   ## all that CI does: format, lint, types, doctests, tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -7,15 +7,23 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import luthier
-from luthier.errors import LuthierError, RunError
+from luthier.core.anatomy import Family
+from luthier.core.claims import Place
+from luthier.errors import ConflictError, LuthierError, MissingExtra, RunError
 from luthier.ingredients.modules.lora import LoRA
+from luthier.ingredients.optimizers.adamw import AdamW
+from luthier.ingredients.settings.anneal import Anneal
+from luthier.ingredients.surgery.mixout import Mixout
 from luthier.plan import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
-from luthier.run import begin
+from luthier.run import Run, begin
 from luthier.testing import check_ingredient
 from tests.little import recipe, sentences
 from tests.tiny import FAMILIES, tiny
@@ -58,6 +66,53 @@ def test_at_first_nothing_changes():
     assert torch.equal(model(**BATCH).logits, before)
     run.finish()
     assert all(torch.equal(value, tiny("bert").state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@given(st.integers(1, 6), st.floats(0.5, 32.0), st.booleans(), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_merged_and_unmerged_agree(r, alpha, rslora, dora):
+    """float64: 1e-10 of the largest logit."""
+    model = tiny("bert", layers=1).double()
+    run = begin(model, [LoRA(r=r, alpha=alpha, rslora=rslora, dora=dora)], steps=1)
+    draw = torch.Generator().manual_seed(r)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.randn(weight.shape, generator=draw))
+    model.eval()
+    before = model(**BATCH).logits
+    assert not torch.allclose(before, tiny("bert", layers=1).double()(**BATCH).logits, atol=1e-3)
+    run.finish()
+    assert torch.allclose(model(**BATCH).logits, before, rtol=0, atol=1e-10 * float(before.abs().max()))
+
+
+def test_it_learns_what_pefts_own_model_learns():
+    """From the same start, three steps of the same AdamW: the same operations on the same numbers, to float32 rounding."""
+    ours, base = tiny("bert"), tiny("bert")
+    theirs = get_peft_model(
+        base, LoraConfig(r=2, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+    )
+    run = begin(ours, [LoRA(r=2, alpha=16.0), AdamW(weight_decay=0.0), Anneal("constant")], learning_rate=1e-2, steps=3)
+    start = ours.state_dict()
+    learns = {name: weight for name, weight in theirs.named_parameters() if weight.requires_grad}
+    names = {
+        name: name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace("..", ".")
+        for name in learns
+    }
+    assert set(names.values()) == {name for name, weight in ours.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in learns.items():
+            weight.copy_(start[names[name]])
+    optimizer = torch.optim.AdamW(learns.values(), lr=1e-2, weight_decay=0.0)
+    theirs.train()
+    for _ in range(3):
+        run.offer(run.closure(BATCH))
+        run.step()
+        theirs(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in learns.items():
+        torch.testing.assert_close(weight, ours.state_dict()[names[name]], rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_adapter_and_the_head_learn():
@@ -116,6 +171,98 @@ def test_the_adapter_is_saved_as_peft_loads_it(tiny_model, tmp_path):
     assert torch.allclose(theirs(input_ids=rows).logits, merged(input_ids=rows).logits, atol=1e-5)
 
 
+def saved(model: torch.nn.Module, path, **fields) -> torch.Tensor:
+    """Trains, saves the adapter at ``path`` and gives the merged model's logits."""
+    plan = compose(
+        Recipe(name="x", stages=(Stage(ingredients=(LoRA(r=2, **fields),), steps=2, learning_rate=1e-1),)),
+        skeleton(model),
+    )
+    run = Run(plan.stages[0], model, seed=0, sample=[BATCH], folder=path)
+    for _ in range(2):
+        run.offer(run.closure(BATCH))
+        run.step()
+    run.finish()
+    return model(**BATCH).logits
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"target": ("all-linear",), "rslora": True}, {"target": ("all-linear",), "dora": True}]
+)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
+def test_peft_loads_the_adapter_of_every_family(family, fields, tmp_path):
+    """float32, two ways to add the same product: 1e-4 of the largest logit."""
+    merged = saved(tiny(family), tmp_path, **fields)
+    theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "adapter").eval()
+    assert torch.allclose(theirs(**BATCH).logits, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
+    assert not torch.allclose(tiny(family)(**BATCH).logits, merged, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra", "deberta-v2"])
+def test_a_head_whose_modules_are_called_like_the_target_learns_whole(family, tmp_path):
+    model = tiny(family)
+    merged = saved(model, tmp_path, target=("dense",))  # the head has a module called dense too
+    assert not [name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "base_layer" in name]
+    theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "adapter").eval()
+    assert torch.allclose(theirs(**BATCH).logits, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
+
+
+def test_a_target_may_be_a_glob_over_whole_names():
+    run = begin(tiny("bert"), [LoRA(r=2, target=("*.layer.[01].*.query",))], steps=1)
+    held = {name.partition(".lora_")[0] for name, _ in run.model.named_parameters() if ".lora_" in name}
+    assert held == {f"bert.encoder.layer.{number}.attention.self.query" for number in (0, 1)}
+
+
+def test_a_model_that_says_where_its_parts_are_has_its_blocks_linears_taken(tmp_path):
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Module()
+            self.net.embed = torch.nn.Linear(4, 4)
+            self.net.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+            self.net.out = torch.nn.Linear(4, 2)
+
+    family = Family(blocks="net.layers", embeddings=("net.embed",), head=("net.out",))
+    model = Stack()
+    names = list(model.state_dict())
+    run = begin(model, [LoRA(r=2)], steps=1, family=family)
+    assert {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name} == {
+        "net.layers.0",
+        "net.layers.1",
+    }
+    run._folder = tmp_path
+    run.finish()
+    assert list(model.state_dict()) == names
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert told["modules_to_save"] == ["net.out"]  # and not the whole net
+
+
+def test_after_finish_it_is_copied_saved_and_loaded_as_any_model(tmp_path):
+    model = tiny("bert")
+    trained(model, LoRA(r=2)).finish()
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_without_peft_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r'pip install "luthier\[peft\]"'):
+        begin(tiny("bert"), [LoRA()], steps=1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_with_mixout_it_is_refused_as_the_base_does_not_move(flip):
+    pair = [LoRA(r=2), Mixout(p=0.5)]
+    with pytest.raises(ConflictError, match="sets the weights as the forward pass sees them, which .* sets too"):
+        begin(tiny("bert"), pair[::-1] if flip else pair, steps=1)
+
+
+def test_targets_that_match_nothing_are_all_told():
+    with pytest.raises(LuthierError) as caught:
+        begin(tiny("bert"), [LoRA(target=("query", "q_proj", "*.attn.*", "classifier"))], steps=1)
+    assert [fault.got for fault in caught.value.faults] == ["'q_proj'", "'*.attn.*'", "'classifier'"]
+
+
 def test_a_target_that_matches_nothing_names_what_there_is():
     with pytest.raises(LuthierError, match=r"Linear modules here end with: .*query") as caught:
         begin(tiny("bert"), [LoRA(target=("q_proj",))], steps=1)
@@ -146,7 +293,8 @@ def test_planning_leaves_the_skeleton_with_the_names_it_had():
 
 
 def test_it_keeps_its_promises():
-    check_ingredient(LoRA(r=2, dropout=0.1))
+    """Its product is in modules of its own, which the suite does not see as a change of the weights themselves."""
+    check_ingredient(LoRA(r=2, dropout=0.1), unobservable=[Place.FORWARD_WEIGHTS])
 
 
 def test_it_matters():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from luthier.errors import ConflictError
+from luthier.errors import ConflictError, RunError
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.surgery.mixout import Mixing, Mixout, mixed
 from luthier.run import Run, begin
@@ -73,6 +73,34 @@ def test_the_mean_over_masks_is_the_weight(seed, p):
     assert torch.allclose(mean, w, rtol=1e-10)
     second = (1 - p) * (mixed(w, u, torch.ones(3, 4, dtype=torch.float64), p) - w) ** 2 + p * (u - w) ** 2
     assert torch.allclose(second, p / (1 - p) * (w - u) ** 2, rtol=1e-8)
+
+
+@given(st.integers(0, 10_000), st.floats(0.05, 0.95))
+def test_it_is_the_papers_equation(seed, p):
+    """Equation 5 as printed, entry by entry: ((1 - M) U + M W - p U) / (1 - p); float64, so 1e-12."""
+    draw = torch.Generator().manual_seed(seed)
+    w, u = (torch.randn(3, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    kept = torch.empty(1, 4, dtype=torch.float64).bernoulli_(1 - p, generator=draw)
+    told = mixed(w, u, kept, p)
+    for row in range(3):
+        for column in range(4):
+            m, one, other = float(kept[0, column]), float(w[row, column]), float(u[row, column])
+            assert float(told[row, column]) == pytest.approx(
+                ((1 - m) * other + m * one - p * other) / (1 - p), rel=1e-12, abs=1e-12
+            )
+
+
+def test_a_share_p_of_the_draws_puts_the_weight_back():
+    """400 steps of 16 columns: the share kept has standard deviation sqrt(0.3 x 0.7 / 6400) = 0.0057; 4 of them."""
+    run = attached(p=0.3)
+    target = weight(run)
+    with torch.no_grad():
+        run.model.get_submodule(QUERY).parametrizations.weight.original.add_(1.0)
+    kept = 0.0
+    for number in range(400):
+        run.progress.step = number
+        kept += float(((weight(run) - target)[0].abs() > 0.5).double().mean()) / 400
+    assert kept == pytest.approx(0.7, abs=0.023)
 
 
 def test_the_gradient_is_the_mask_over_one_minus_p():
@@ -151,10 +179,118 @@ def test_dropout_inside_the_blocks_is_off_and_comes_back():
     assert {module.p for module in inside} == {0.0}
     assert model.dropout.p == pytest.approx(0.2)
     run.finish()
-    assert {round(module.p, 6) for module in inside} == {0.2}
+    assert {module.p for module in inside} == {0.2}  # to the bit
     loud = tiny("bert", dropout=0.2)
     attached(loud, p=0.5, dropout=True)
     assert loud.bert.encoder.layer[0].output.dropout.p == pytest.approx(0.2)
+
+
+def test_dropout_stays_on_in_blocks_that_are_not_mixed():
+    model = tiny("bert", dropout=0.2)
+    attached(model, p=0.5, where=("top:1", "head"))
+    layers = model.bert.encoder.layer
+    assert [layer.output.dropout.p for layer in layers] == [0.2, 0.2, 0.0]
+    other = tiny("bert", dropout=0.2)
+    attached(other, p=0.5, where=("head",))
+    assert [layer.output.dropout.p for layer in other.bert.encoder.layer] == [0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(("family", "path", "field"), [
+    ("llama", "model.layers.0.self_attn", "attention_dropout"),
+    ("t5", "transformer.encoder.block.0.layer.0.SelfAttention", "dropout"),
+])  # fmt: skip
+def test_dropout_that_is_a_number_of_the_attention_is_off_too(family, path, field):
+    model = tiny(family, dropout=0.1)
+    run = attached(model, p=0.5)
+    assert getattr(model.get_submodule(path), field) == 0.0
+    run.finish()
+    assert getattr(model.get_submodule(path), field) == 0.1
+
+
+def shifted(run: Run) -> Run:
+    """Moves every mixed weight away from its target."""
+    with torch.no_grad():
+        for module in run.model.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                module.parametrizations.weight.original.add_(0.3)
+    return run
+
+
+def twice(model: nn.Module, batch) -> Tensor:
+    """A loss of two forward passes that see two masks."""
+    one, other = model(**batch), model(**batch)
+    return one.loss + (one.logits - other.logits).square().mean()
+
+
+def gradients(*, checkpointing: bool | None, passes: int) -> dict[str, Tensor]:
+    model = tiny("bert")
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": not checkpointing})
+    loss = twice if passes == 2 else lambda live, batch: live(**batch).loss
+    run = shifted(begin(model, [Mixout(p=0.5)], steps=4, loss=loss))
+    run.closure(BATCH, {**BATCH, "input_ids": BATCH["input_ids"].flip(0)}).backward()
+    return {name: value.grad for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradient_checkpointing_repeats_the_masks(passes):
+    """The same operations on the same numbers: equal to the bit."""
+    plain, repeated = gradients(checkpointing=None, passes=passes), gradients(checkpointing=True, passes=passes)
+    assert all(torch.equal(value, repeated[name]) for name, value in plain.items())
+
+
+def test_checkpointing_that_cannot_repeat_the_masks_is_refused():
+    with pytest.raises(RunError, match=r"mask of the forward pass that is repeated.*'use_reentrant': False"):
+        gradients(checkpointing=False, passes=1)
+
+
+def test_in_a_loop_of_ones_own_each_forward_pass_sees_another_mask():
+    """Nobody seeds anything: the micro-batches of a step are counted, and a pass outside the run's loss too."""
+    run = shifted(attached(p=0.5))
+    told = [float(run.loss(run.model, BATCH)) for _ in range(3)] + [float(run.model(**BATCH).loss) for _ in range(2)]
+    assert len(set(told)) == 5
+    run.step()
+    later = float(run.loss(run.model, BATCH))
+    assert later not in told
+
+
+@pytest.mark.slow
+def test_compiled_it_draws_the_same_masks():
+    from luthier.plan import compose, skeleton
+    from luthier.recipe.recipe import Recipe, Stage
+
+    told = []
+    for place in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        model = tiny("bert")
+        stage = Stage(ingredients=(Mixout(p=0.5),), steps=3, learning_rate=1e-2)
+        plan = compose(Recipe(name="x", stages=(stage,)), skeleton(model))
+        run = Run(plan.stages[0], model, seed=0, place=place)
+        losses = []
+        for _ in range(3):
+            losses.append(float(run.offer(run.closure(BATCH))))
+            run.step()
+        told.append(losses)
+    assert told[0] == told[1]
+    assert len(set(told[0])) == 3
+
+
+def test_the_plan_counts_one_more_copy_of_what_is_mixed():
+    # a block: four (16, 16) of attention, (32, 16) and (16, 32): 2048 weights of 4 bytes
+    run = attached(p=0.5, where=("top:1",))
+    assert Mixout(p=0.5, where=("top:1",)).state_bytes(run.plan.table) == 4 * 2048
+
+
+def test_quantised_weights_are_left_alone_and_it_is_said():
+    model = tiny("bert")
+    layer = model.get_submodule(QUERY)
+    layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.uint8), requires_grad=False)
+    from luthier.core.anatomy import Anatomy
+    from luthier.core.context import Context, Progress, Shelf
+
+    ctx = Context(Anatomy.of(model), Progress(1), 0, "train/mixout", Mixout().touches(), Shelf(), [])
+    Mixout(p=0.5).surgery(model, ctx)
+    assert not parametrize.is_parametrized(layer)
+    assert any("quantised" in note for note in ctx.notes)
 
 
 def test_only_linear_weights_of_what_is_named_are_mixed():
@@ -179,6 +315,17 @@ def test_after_finish_names_order_and_kind_are_as_before():
     assert [name for name, _ in model.named_parameters()] == names
     assert [type(module) for module in model.modules()] == kinds
     assert list(copy.deepcopy(model).state_dict()) == list(tiny("bert").state_dict())
+
+
+def test_after_finish_it_is_saved_and_loaded_as_any_model(tmp_path):
+    model = tiny("bert")
+    run = attached(model, p=0.5, steps=1)
+    run.offer(run.closure(BATCH))
+    run.step()
+    run.finish()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_tied_weights_are_left_alone_and_it_is_said():
