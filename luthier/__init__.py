@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from luthier.ingredients.settings.llrd import LLRD
     from luthier.ingredients.surgery.mixout import Mixout
     from luthier.plan import Plan, compose, skeleton
-    from luthier.predict import predict
+    from luthier.predictions import predict
     from luthier.recipe.recipe import Recipe, Stage
     from luthier.report import Report
     from luthier.run import Run, begin
@@ -42,7 +42,7 @@ _WHERE = {
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
     "fit": "luthier.engine",
-    "predict": "luthier.predict",
+    "predict": "luthier.predictions",
     "LuthierError": "luthier.errors",
     "Plan": "luthier.plan",
     "compose": "luthier.plan",

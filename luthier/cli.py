@@ -171,7 +171,7 @@ def predict(
         )
     if out is not None and out.suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError.of([Fault(str(out), "must end in .csv, .tsv or .jsonl")], "--out")
-    from luthier.predict import predict as run_predict
+    from luthier.predictions import predict as run_predict
 
     say = narrator(to_stderr=True)
     found = run_predict(run, data, narrator=say)

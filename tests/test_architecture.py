@@ -168,6 +168,16 @@ def test_every_ingredient_has_file_test_card_and_name(name):
     assert "[memory]" not in card
 
 
+def test_no_public_name_is_also_a_files():
+    """Importing ``luthier.x`` would put the file in the place of the name ``luthier.x``."""
+    files = {
+        path.stem if path.name != "__init__.py" else path.parent.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py"
+    }
+    assert not files & set(luthier.__all__)
+
+
 def test_every_public_name_resolves():
     assert all(getattr(luthier, name) is not None for name in luthier.__all__)
     assert set(luthier._WHERE) == set(luthier.__all__)

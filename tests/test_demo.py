@@ -46,7 +46,7 @@ def test_the_saved_real_model_predicts_what_the_report_measured(demo):
     from luthier.sources.data import read
 
     test = read(rows(limit_per_class=24), seed=0).splits["test"]
-    told = luthier.predict(out, {"test": pd.DataFrame({"text": list(test.texts)})})
+    told = luthier.predict(out, pd.DataFrame({"text": list(test.texts)}))
     right = np.mean([one == other for one, other in zip(told.labels, test.labels, strict=True)])
     assert right == pytest.approx(report.metrics["test"]["accuracy"])
     assert np.allclose(told.probabilities.sum(1), 1)
