@@ -168,6 +168,8 @@ def _stage(
         stream, steps = _length(recipe, stage, index, entries, lengths, lambda e: context(e, anatomy, 0))
         table = ParamTable.start(anatomy, learning_rate=stage.learning_rate, steps=steps)
     except LuthierError as error:
+        if not error.faults:
+            raise  # a missing package, say: its message is all there is
         faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
         return None
     for entry in sorted(
@@ -176,6 +178,8 @@ def _stage(
         try:
             table = entry.ingredient.settings(table.signed(entry.name))
         except LuthierError as error:
+            if not error.faults:
+                raise
             faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
     faults.extend(_idle(entries, before, anatomy, label))
     if not any(row.trainable for row in table.rows):

@@ -129,7 +129,7 @@ class LoRA(Ingredient):
         for entry in self.target or known or ("all-linear",):
             if entry == "all-linear":
                 inside = tuple(f"{block}." for block in anatomy.block_names)
-                matched = [name for name in body if name.startswith(inside)]
+                matched = [name for name in body if f"{name}.".startswith(inside)]
             elif any(mark in entry for mark in "*?["):
                 matched = fnmatch.filter(body, entry)
             else:

@@ -125,7 +125,9 @@ class Mixout(Ingredient):
             parametrize.register_parametrization(module, "weight", mixing, unsafe=True)
             names.append(name)
         if self.p and not self.dropout:
-            blocks = [block for block in ctx.anatomy.block_names if any(name.startswith(f"{block}.") for name in names)]
+            blocks = [
+                block for block in ctx.anatomy.block_names if any(f"{name}.".startswith(f"{block}.") for name in names)
+            ]
             before = {
                 f"{name}.{field}": torch.tensor(p, dtype=torch.float64) for name, field, p in _dropouts(model, blocks)
             }

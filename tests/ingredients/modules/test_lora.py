@@ -81,7 +81,8 @@ def test_merged_and_unmerged_agree(r, alpha, rslora, dora):
                 weight.copy_(torch.randn(weight.shape, generator=draw))
     model.eval()
     before = model(**BATCH).logits
-    assert not torch.allclose(before, tiny("bert", layers=1).double()(**BATCH).logits, atol=1e-3)
+    plain = tiny("bert", layers=1).double()(**BATCH).logits
+    assert float((before - plain).abs().max()) > 1e-6  # the adapter says something
     run.finish()
     assert torch.allclose(model(**BATCH).logits, before, rtol=0, atol=1e-10 * float(before.abs().max()))
 
