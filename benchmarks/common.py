@@ -138,7 +138,7 @@ def write(name: str, told: dict[str, Any]) -> None:
             "transformers": transformers.__version__,
             "luthier": luthier.__version__,
         },
-        "repeat": f"python benchmarks/{name}.py",
+        "repeat": f"PYTHONPATH=. python benchmarks/{name}.py",
     }
     (HERE / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))

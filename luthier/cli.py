@@ -274,7 +274,7 @@ def _sources(model: str | None, data: str | None, demo: bool) -> tuple[str, Any,
 
         return (
             model or "demo",
-            data or rows(limit_per_class=80),
+            data or rows(limit_per_class=100),
             "demo" if data is None else Path(data).name.split(".")[0],
         )
     missing = [flag for flag, value in (("--model", model), ("--data", data)) if value is None]

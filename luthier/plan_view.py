@@ -135,7 +135,7 @@ def _stage_text(plan: StagePlan) -> list[str]:
         )
     memory = plan.memory
     lines.append(
-        f"  memory forecast {size(memory.total)}: weights {size(memory.weights)}, gradients {size(memory.gradients)}, "
+        f"  memory forecast {size(memory.total)}: weights {size(memory.weights)}, gradients {size(memory.gradients)},"
     )
     lines.append(f"    optimizer {size(memory.optimizer)}, activations about {size(memory.activations)}")
     if plan.table.quiet_depth > 1:
