@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier import checkpoint, stages
 from luthier.core.anatomy import Anatomy
-from luthier.folder import RunFolder
+from luthier.folder import RunFolder, refuse
 from luthier.job import Columns, Job, prepare
 from luthier.movement import movement
 from luthier.narrate import Narrator, Silent
@@ -81,6 +81,8 @@ def fit(
     settings = Placement(precision=known.precision, compile=known.compile, trackers=trackers, folder=place)
     if not settings.main:
         say = Silent()
+    elif out is not None:
+        refuse(Path(out), resume=resume)
     job = prepare(
         known,
         model=model,
@@ -191,7 +193,11 @@ class _Fitting:
 
     def _steps(self, plan: StagePlan, model: nn.Module, step: checkpoint.Checkpoint | None) -> list[str]:
         run, inner = stages.attach(
-            self.job, plan, model, self.placement, folder=self.folder.path if self.folder else None
+            self.job,
+            plan,
+            model,
+            self.placement,
+            folder=self.folder.path if self.folder and self.placement.main else None,
         )
         if step is not None:
             state = step.load()

@@ -132,19 +132,9 @@ class RunFolder:
             raise LuthierError(f"{file} cannot be read as a run's environment.  Choose another --out.") from None
 
     def _check(self, before: dict[str, Any] | None, resume: bool, identity: dict[str, Any]) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise LuthierError(f"{self.path} is a file.  Choose another --out.")
+        refuse(self.path, resume=resume)
         if before is None:
-            if self.path.is_dir() and any(item.name != ".lock" for item in self.path.iterdir()):
-                raise LuthierError(
-                    f"{self.path} is not empty and holds no run.  Choose another --out; nothing was touched."
-                )
             return
-        if not resume:
-            how = "a finished run" if self.done else "an unfinished run"
-            raise LuthierError(
-                f"{self.path} holds {how}.  Add --resume to go on with it, or choose another --out; nothing was touched."
-            )
         faults = [
             Fault(key, f"must be what the run began with ({before.get(key)})", str(identity[key]))
             for key in identity
@@ -152,6 +142,23 @@ class RunFolder:
         ]
         if faults:
             raise LuthierError.of(faults, f"--resume: {self.path} holds another run")
+
+
+def refuse(path: Path, *, resume: bool) -> None:
+    """Refuses a place that a run cannot be written to; known before a model is loaded.
+
+    Raises:
+        LuthierError: a file is there, or a folder that holds something else, or a run that is not to be gone on with.
+    """
+    if path.exists() and not path.is_dir():
+        raise LuthierError(f"{path} is a file.  Choose another --out.")
+    if not (path / "environment.json").is_file():
+        if path.is_dir() and any(item.name != ".lock" for item in path.iterdir()):
+            raise LuthierError(f"{path} is not empty and holds no run.  Choose another --out; nothing was touched.")
+    elif not resume:
+        how = "a finished run" if (path / "report.json").is_file() else "an unfinished run"
+        do = "Add --resume to go on with it, or choose another --out; nothing was touched."
+        raise LuthierError(f"{path} holds {how}.  {do}")
 
 
 def fresh(base: Path, name: str) -> Path:

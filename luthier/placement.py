@@ -123,7 +123,7 @@ class Placement:
     def take(self, optimizer: Optimizer) -> None:
         """The optimizer's step; gradients are unscaled before its hooks see them."""
         scaler = self._accelerator.scaler
-        if scaler is None:
+        if scaler is None or hasattr(optimizer, "offer"):  # a replaced step has no gradients to unscale
             optimizer.step()
             return
         scaler.unscale_(optimizer)
