@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed in the run, 2 refused before it.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,17 +78,20 @@ def fit(
     """Fine-tune a model on your data; leaves a run folder with model, report and log."""
     from luthier.console import narrator
     from luthier.folder import fresh
+    from luthier.narrate import Silent
 
     model, source, label_of = _sources(model, data, demo)
     if out is None:
         if resume:
             raise LuthierError("--resume needs --out, the folder of the run to go on with.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise LuthierError("--out must be given when several processes run, so that all of them mean one folder.")
         name = f"{Path(recipe).stem}-{label_of}" + (f"-seed{seed}" if seed is not None else "")
         out = fresh(Path("runs"), name)
     from luthier.engine import fit as run
 
     sets = [*DEMO_SETS, *(sets or ())] if demo else sets
-    say = narrator()
+    say = narrator() if os.environ.get("RANK", "0") == "0" else Silent()
     report = run(
         recipe,
         model=model,

@@ -138,6 +138,14 @@ def test_a_mistake_gets_a_clear_line_exit_2_and_nothing_is_written(run, tiny_mod
     assert written() == []
 
 
+def test_several_processes_must_be_told_their_folder(run, tiny_model, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = fit(run, tiny_model, data)
+    assert code == 2
+    assert "--out must be given when several processes run" in err
+    assert written() == []
+
+
 def test_a_mistyped_flag_is_refused_by_name(run, tiny_model, data):
     code, _, err = run("fit", "--modle", tiny_model, "--data", data)
     assert code == 2

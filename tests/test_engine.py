@@ -323,3 +323,31 @@ def test_named_shifted_splits_are_measured_and_never_chosen_on(tiny_model, tmp_p
     )
     assert report.metrics["ood"]["far"]["n"] == 20
     assert report.calibrated["ood"]["far"]["accuracy"] == report.metrics["ood"]["far"]["accuracy"]
+
+
+def test_the_trainer_is_refused_an_optimizer_that_misses_trainable_weights(tiny_model, tmp_path):
+    """Trap: a second ``train()`` after unfreezing would train the head alone, silently."""
+    import transformers
+
+    from luthier.hosts import hf
+
+    model = load(tiny_model, Classification(("a", "b")), seed=0).model
+    run = luthier.begin(model, [luthier.Freeze()], steps=2)
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_grad_norm=0, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    parts = hf.parts(run, args)
+    rows = [{"input_ids": torch.arange(5, 9), "labels": 0}] * 4
+    trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
+    for weight in model.parameters():
+        weight.requires_grad_(True)
+    with pytest.raises(LuthierError, match="must hold every trainable weight; got 39 missing"):
+        trainer.train()
+
+
+def test_a_pair_of_texts_is_read_and_trained_on(tiny_model):
+    rows = sentences(60)
+    pairs = pd.DataFrame({"sentence1": rows["text"], "sentence2": list(reversed(rows["text"])), "label": rows["label"]})
+    report = luthier.fit(recipe(BASE, steps=2), model=tiny_model, data=pairs)
+    assert report.data["columns"]["text_pair"] == "sentence2"
+    assert report.metrics["test"]["n"] == 6

@@ -85,8 +85,15 @@ def test_trainer_accumulation_is_the_big_batch(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; its CPU twin is the test above")
-def test_on_a_gpu_the_same_recipe_ends_near_the_cpus_weights(tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the bf16 test above is its CPU twin")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_on_a_gpu_half_precision_trains_near_single_precision(precision, tmp_path):
     folder = tiny_folder(tmp_path / "tiny", dropout=0.0)
-    luthier.fit(recipe(BASE), model=folder, data=sentences(), out=tmp_path / "gpu")
-    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "gpu").values())
+    full = luthier.fit(recipe(BASE), model=folder, data=sentences(), out=tmp_path / "full")
+    half = luthier.fit(
+        recipe(BASE), model=folder, data=sentences(), out=tmp_path / "half", sets=[f"precision={precision}"]
+    )
+    assert full.environment["device"].startswith("cuda")
+    for (_, one), (_, other) in zip(full.curves["loss"], half.curves["loss"], strict=True):
+        assert other == pytest.approx(one, rel=0.03)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "half").values())
