@@ -7,10 +7,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True
+)  # no test depends on the clock or on luck
+hypothesis.settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")
