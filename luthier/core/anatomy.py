@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from luthier.core.families import EMBEDDINGS, FEEDS_ALL_BLOCKS, SHARED
+from luthier.core.families import AFTER_ALL_BLOCKS, EMBEDDINGS, FEEDS_ALL_BLOCKS, SHARED
 from luthier.errors import Fault, ModelError, RecipeError, did_you_mean
 
 Role = Literal["embeddings", "block", "bridge", "head"]
@@ -21,6 +22,7 @@ _WRAPPER = "base_model.model."  # what a PeftModel puts before every name
 _INJECTED = re.compile(r"\.(?:base_layer|modules_to_save\.default)(?=\.)")
 _PARAMETRIZED = re.compile(r"\.parametrizations\.([^.]+)\.original")
 _WORDS = ("all", "embeddings", "blocks", "bridge", "head", "backbone", "norms", "biases", "weights")
+_HEADED = re.compile(r"For[A-Z]|LMHead")  # class names of models that are more than a backbone
 _NUMBERED = re.compile(r"(top|bottom|block):(.*)")
 
 
@@ -54,8 +56,8 @@ class Family:
     """Where the parts of a model are: module names, each standing for all that is inside it.
 
     Args:
-        blocks: the ModuleList of blocks, such as ``encoder.layers``.
-        embeddings, bridge, head: modules; weights named nowhere are faults.
+        blocks: the ModuleList or Sequential of blocks, such as ``encoder.layers``.
+        embeddings, bridge, head: modules, or single weights such as ``cls_token``; weights named nowhere are faults.
         shared: whether all blocks use one set of weights.
     """
 
@@ -75,7 +77,8 @@ class Anatomy:
         blocks: L, the blocks that have weights of their own.
         block_names: the module name of each, from the bottom.
         shared: whether the blocks share one set of weights.
-        output: the last linear module of the head, whose output are the logits; None without a head.
+        output: the last linear module of the head, whose output are the logits (with LoRA on it, the module that holds both); None
+            without a head.
         family: the model type, or ``declared``.
     """
 
@@ -94,6 +97,8 @@ class Anatomy:
             ModelError: the parts cannot be told apart; says what was looked for and how to declare it.
         """
         outer, inner = (_WRAPPER, model.get_submodule(_WRAPPER[:-1])) if _wrapped(model) else ("", model)
+        if not outer and not family and hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children()):
+            raise _not_found(inner, "", "some of its weights lie beside the wrapped model, such as a learned prompt")
         kind = str(getattr(getattr(inner, "config", None), "model_type", "") or "")
         places = _declared(inner, family) if family else _structural(inner, kind)
         return _read(inner, places, outer, "declared" if family else kind)
@@ -173,46 +178,69 @@ class _Places:
     """Where things are, relative to the model: the stack of blocks, and a rule for all other names."""
 
     stack: str
-    blocks: int
+    blocks: Mapping[str, int]  # child of the stack -> number from the bottom
     shared: bool
     role: Mapping[str, Role]  # longest module prefix -> role
     other: Role
 
 
 def _wrapped(model: nn.Module) -> bool:
-    return any(name == "base_model" for name, _ in model.named_children()) and hasattr(model.base_model, "model")
+    """Whether ``model`` is a PeftModel around all of another model; one with weights beside it is not looked through."""
+    base = dict(model.named_children()).get("base_model")
+    inside = base is not None and isinstance(getattr(base, "model", None), nn.Module)
+    return inside and all(name.startswith(_WRAPPER) for name, _ in model.named_parameters())
 
 
 def _structural(model: nn.Module, kind: str) -> _Places:
     """One rule for all families: in the backbone, what is before the blocks feeds them, what is after is the bridge."""
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     if prefix not in dict(model.named_children()):
+        if kind and _HEADED.search(type(model).__name__):
+            raise _not_found(model, kind, f"no backbone was found: there is no module {prefix!r}")
         prefix = ""  # a bare encoder: all of it is backbone
     start = f"{prefix}." if prefix else ""
-    stacks = {name: stack for name, stack in _stacks(model).items() if name.startswith(start)}
-    if not kind or not stacks:
-        raise _not_found(model, kind)
-    stack = max(stacks, key=lambda name: (len(stacks[name]), -len(name)))
+    stack, blocks = _the_stack(model, kind, start)
     roles: dict[str, Role] = {}
+    around: list[str] = []  # the modules that hold the stack
     seen = False
     for name, _ in model.named_modules():
         if name == stack:
             seen = True
-        if not name or f"{stack}.".startswith(f"{name}.") or name.startswith(f"{stack}."):
+        if name.startswith(f"{stack}.") or name == stack or not name:
             continue
-        inside = name[len(start) :] if name.startswith(start) else None
-        if inside is None:
-            roles[name] = "head"
-        elif (
-            inside.rpartition(".")[2] in FEEDS_ALL_BLOCKS
-            or "embed" in inside
-            or (kind, inside) in EMBEDDINGS
-            or not seen
-        ):
-            roles[name] = "embeddings"
+        if stack.startswith(f"{name}."):
+            around.append(name)
+        elif name.startswith(start):
+            roles[name] = _role(name[len(start) :], kind, seen, roles.get(name.rpartition(".")[0], "bridge"))
         else:
-            roles[name] = roles.get(name.rpartition(".")[0], "bridge")
-    return _Places(stack, len(stacks[stack]), kind in SHARED, roles, "bridge" if not start else "head")
+            roles[name] = "head"
+    # What a backbone owns itself are learned inputs: XLNet's mask_emb, LayoutLMv3's cls_token.
+    roles.update(dict.fromkeys([*around, stack], "embeddings"))
+    return _Places(stack, blocks, kind in SHARED, roles, "head" if start else "embeddings")
+
+
+def _role(inside: str, kind: str, seen: bool, parent: Role) -> Role:
+    """The role of the module ``inside`` a backbone; ``seen``: whether it comes after the blocks."""
+    path = inside.split(".")
+    if path[-1] in FEEDS_ALL_BLOCKS or "embed" in inside or (kind, inside) in EMBEDDINGS:
+        return "embeddings"
+    if AFTER_ALL_BLOCKS.intersection(path):
+        return "bridge"
+    return parent if seen else "embeddings"
+
+
+def _the_stack(model: nn.Module, kind: str, start: str) -> tuple[str, Mapping[str, int]]:
+    """The one stack of blocks in the backbone; lists of embedding tables are none."""
+    stacks = {
+        name: found
+        for name, module in _stacks(model).items()
+        if name.startswith(start) and "embed" not in name[len(start) :] and (found := _blocks(module))
+    }
+    if not kind or not stacks:
+        raise _not_found(model, kind, "no stack of blocks inside a backbone was found")
+    if len(stacks) > 1:
+        raise _not_found(model, kind, f"more than one stack of blocks was found: {', '.join(stacks)}")
+    return next(iter(stacks.items()))
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -221,6 +249,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
+            and not isinstance(module, ParametrizationList)
             and len(module)
             and not any(name.startswith(f"{outer}.") for outer in found)
         ):
@@ -228,15 +257,31 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
+def _blocks(stack: nn.Module) -> dict[str, int]:
+    """Child of ``stack`` -> its number from the bottom; one without any weight, such as an activation, is no block."""
+    holding = (
+        name for name, block in stack.named_children() if any(True for _ in (*block.parameters(), *block.buffers()))
+    )
+    return {name: number for number, name in enumerate(holding)}
+
+
 def _declared(model: nn.Module, family: Family) -> _Places:
     modules = dict(model.named_modules())
+    weights = [name for name, _ in model.named_parameters()]
+    known = {*modules, *weights}
     faults = []
     roles: dict[str, Role] = {}
-    for role, names in (("embeddings", family.embeddings), ("bridge", family.bridge), ("head", family.head)):
+    declared: tuple[tuple[Role, tuple[str, ...]], ...] = (
+        ("embeddings", family.embeddings),
+        ("bridge", family.bridge),
+        ("head", family.head),
+    )
+    for role, names in declared:
         for name in names:
-            roles[name] = role  # type: ignore[assignment]
-            if name not in modules:
-                faults.append(Fault(f"family.{role}", f"there is no module {name!r}", do=did_you_mean(name, modules)))
+            if name not in known:
+                faults.append(Fault(f"family.{role}", f"there is no module {name!r}", do=did_you_mean(name, known)))
+            elif roles.setdefault(name, role) != role:
+                faults.append(Fault(f"family.{role}", f"{name!r} must be in one part", f"{roles[name]} and {role}"))
     stack = modules.get(family.blocks)
     if stack is None:
         faults.append(
@@ -244,28 +289,27 @@ def _declared(model: nn.Module, family: Family) -> _Places:
         )
     elif not isinstance(stack, (nn.ModuleList, nn.Sequential)):
         faults.append(Fault("family.blocks", "must be a ModuleList or Sequential of blocks", type(stack).__name__))
-    if not faults:
-        for name, _ in model.named_parameters():
-            if not name.startswith(f"{family.blocks}.") and not any(
-                name.startswith(f"{known}.") or name == known for known in roles
-            ):
-                faults.append(
-                    Fault(
-                        "family",
-                        f"no part holds the weight {name!r}",
-                        do="Add its module to embeddings, bridge or head.",
-                    )
-                )
+    elif not _blocks(stack):
+        faults.append(Fault("family.blocks", "must hold blocks with weights", f"{family.blocks!r} without any"))
     if faults:
         raise ModelError.of(faults, "family")
-    return _Places(family.blocks, len(stack), family.shared, roles, "head")  # type: ignore[arg-type]
+    assert stack is not None
+    places = _Places(family.blocks, _blocks(stack), family.shared, roles, "head")
+    faults = [
+        Fault("family", f"no part holds the weight {name!r}", do="Add its module to embeddings, bridge or head.")
+        for name in weights
+        if _number(name, places) is None and _holder(name, roles) is None
+    ]
+    if faults:
+        raise ModelError.of(faults, "family")
+    return places
 
 
-def _not_found(model: nn.Module, kind: str) -> ModelError:
+def _not_found(model: nn.Module, kind: str, why: str) -> ModelError:
     seen = ", ".join(f"{name} ({len(stack)})" for name, stack in _stacks(model).items()) or "none"
     named = f"the model type {kind!r}" if kind else type(model).__name__
     return ModelError(
-        f"Where the blocks of {named} are is not known: no stack of blocks inside a backbone was found.\n"
+        f"Where the blocks of {named} are is not known: {why}.\n"
         f"  ModuleLists seen, with their lengths: {seen}.\n"
         "  Say where the parts are, in the recipe:\n"
         "    family: {blocks: encoder.layers, embeddings: [embed], bridge: [norm], head: [classifier]}\n"
@@ -278,14 +322,6 @@ def _read(model: nn.Module, places: _Places, outer: str, family: str) -> Anatomy
     parts = []
     for name, weight in model.named_parameters():
         role, depth = _place(name, places)
-        owner = _PARAMETRIZED.sub(r".\1", name).rpartition(".")[0]
-        kind: Kind = (
-            "norm"
-            if owner in norms
-            else "bias"
-            if name.split(".")[-1].startswith("bias") or name.endswith(".bias.original")
-            else "weight"
-        )
         parts.append(
             Part(
                 outer + name,
@@ -294,12 +330,19 @@ def _read(model: nn.Module, places: _Places, outer: str, family: str) -> Anatomy
                 weight.numel(),
                 weight.numel() * weight.element_size(),
                 role,
-                kind,
+                _kind(name, norms),
                 depth,
             )
         )
-    names = tuple(f"{outer}{places.stack}.{number}" for number in range(places.blocks))
-    return Anatomy(tuple(parts), places.blocks, names, places.shared, _output(model, places, outer), family)
+    names = tuple(f"{outer}{places.stack}.{child}" for child in places.blocks)
+    return Anatomy(tuple(parts), len(names), names, places.shared, _output(model, places, outer), family)
+
+
+def _kind(name: str, norms: Collection[str]) -> Kind:
+    if _PARAMETRIZED.sub(r".\1", name).rpartition(".")[0] in norms:
+        return "norm"
+    own = canonical(name).rpartition(".")[2]
+    return "bias" if own.startswith("bias") or own.endswith("bias") else "weight"
 
 
 def canonical(name: str) -> str:
@@ -312,28 +355,35 @@ def canonical(name: str) -> str:
 
 
 def _place(name: str, places: _Places) -> tuple[Role, int]:
-    if name.startswith(f"{places.stack}."):
-        number = int(name[len(places.stack) + 1 :].partition(".")[0])
+    number = _number(name, places)
+    if number is not None:
         return "block", number + 1
-    at = name
-    while at:
-        if at in places.role:
-            role = places.role[at]
-            break
-        at = at.rpartition(".")[0]
-    else:
-        role = places.other
-    return role, {"embeddings": 0, "bridge": places.blocks + 1, "head": places.blocks + 2}.get(role, 0)
+    role = _holder(name, places.role) or places.other
+    return role, {"embeddings": 0, "bridge": len(places.blocks) + 1, "head": len(places.blocks) + 2}[role]
+
+
+def _number(name: str, places: _Places) -> int | None:
+    """The number of the block that holds ``name``."""
+    inside = name.removeprefix(f"{places.stack}.")
+    return None if inside == name else places.blocks.get(inside.partition(".")[0])
+
+
+def _holder(name: str, roles: Mapping[str, Role]) -> Role | None:
+    """The role of the innermost module in ``roles`` that holds ``name``."""
+    while name and name not in roles:
+        name = name.rpartition(".")[0]
+    return roles.get(name)
 
 
 def _output(model: nn.Module, places: _Places, outer: str) -> str | None:
-    """The last linear module of the head."""
+    """The last linear module of the head; one that is wrapped by an injection counts as its wrapper, whose output is the sum."""
     found = None
     for name, module in model.named_modules():
+        if name.startswith(f"{places.stack}.") or (found and name.startswith(f"{found}.")):
+            continue
         if (
-            isinstance(module, nn.Linear)
-            and not name.startswith(f"{places.stack}.")
+            isinstance(getattr(module, "base_layer", module), nn.Linear)
             and _place(f"{name}.weight", places)[0] == "head"
         ):
-            found = outer + name
-    return found
+            found = name
+    return None if found is None else outer + found

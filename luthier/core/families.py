@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 # Modules that stand beside the blocks, or after them, in the code, but feed every block: they belong to the embeddings.
-FEEDS_ALL_BLOCKS = ("rel_embeddings", "relative_attention_bias", "embeddings_project", "embedding_hidden_mapping_in")
+FEEDS_ALL_BLOCKS = frozenset({
+    "rel_embeddings", "relative_attention_bias", "embeddings_project", "embedding_hidden_mapping_in",
+    "rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias",
+})  # fmt: skip
+
+# Modules that some families (OPT, Nomic BERT, GTE) name before the blocks in the code, but run after them: they are the bridge.
+AFTER_ALL_BLOCKS = frozenset({"pooler", "final_layer_norm", "project_out"})
 
 # (model_type, module inside the backbone) that belongs to the embeddings though its name is any norm's.
 EMBEDDINGS = {("deberta-v2", "encoder.LayerNorm"), ("deberta", "encoder.LayerNorm")}
