@@ -16,6 +16,7 @@ from luthier.recipe.registry import INGREDIENTS
 if TYPE_CHECKING:
     from luthier.core.anatomy import Anatomy, Family
     from luthier.core.ingredient import Ingredient, ingredient
+    from luthier.differing import differences
     from luthier.engine import fit
     from luthier.errors import LuthierError
     from luthier.ingredients.averaging.best import Best
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from luthier.ingredients.modules.emoe import EMoE
     from luthier.ingredients.modules.isobn import IsoBN
     from luthier.ingredients.modules.lora import LoRA
+    from luthier.ingredients.modules.prefix import Prefix
     from luthier.ingredients.optimizers.adamw import AdamW
     from luthier.ingredients.optimizers.mezo import MeZO
     from luthier.ingredients.optimizers.prior_decay import PriorDecay
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from luthier.predictions import predict
     from luthier.recipe.recipe import Recipe, Stage
     from luthier.report import Report
+    from luthier.reruns import rerun
     from luthier.run import Run, begin
     from luthier.soups import soup
     from luthier.studying import study
@@ -72,9 +75,11 @@ _WHERE = {
     "Family": "luthier.core.anatomy",
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
+    "differences": "luthier.differing",
     "fit": "luthier.engine",
     "predict": "luthier.predictions",
     "soup": "luthier.soups",
+    "rerun": "luthier.reruns",
     "study": "luthier.studying",
     "LuthierError": "luthier.errors",
     "Plan": "luthier.plan",
@@ -125,6 +130,7 @@ __all__ = [
     "NoisyTune",
     "OutDomain",
     "Plan",
+    "Prefix",
     "PriorDecay",
     "RDrop",
     "RecAdam",
@@ -139,9 +145,11 @@ __all__ = [
     "WiSE",
     "begin",
     "compose",
+    "differences",
     "fit",
     "ingredient",
     "predict",
+    "rerun",
     "skeleton",
     "soup",
     "study",

@@ -80,6 +80,9 @@ def fit(
         int | None,
         typer.Option("--save-every", min=1, help="Steps between checkpoints; every two minutes if not given."),
     ] = None,
+    keep_stages: Annotated[
+        bool, typer.Option("--keep-stages", help="Keep the weights at the end of each stage, for luthier study.")
+    ] = False,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="tensorboard, wandb, mlflow or trackio; may be repeated.")
     ] = None,
@@ -118,6 +121,7 @@ def fit(
         sets=sets or (),
         resume=resume,
         save_every=save_every,
+        keep_stages=keep_stages,
         trackers=track or (),
         narrator=say,
     )
@@ -233,30 +237,140 @@ def soup(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", help="A shipped name, a file, or NAME=RECIPE; repeat it for each."),
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="As for fit; may be repeated.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", "-d", help="As for fit; may be repeated.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The comparison's folder; called again, it goes on there.")
+    ] = Path("comparison"),
+    seeds: Annotated[str, typer.Option("--seeds", help="How many, or which: 5, or 0,3,7.")] = "5",
+    vary: Annotated[
+        str | None,
+        typer.Option("--vary", help="Streams that vary each by itself, a full grid: head,order (and dropout)."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="What is compared; the task's own if not given.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Compare all others with this recipe only, not all pairs.")
+    ] = None,
+    text: TextOption = None,
+    text_pair: PairOption = None,
+    label: LabelOption = None,
+    task: TaskOption = None,
+    ood: OodOption = None,
+    out_domain: OutDomainOption = None,
+    label_map: MapOption = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="PATH=VALUE in all recipes, or NAME:PATH=VALUE in one; may be repeated."),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this machine.")] = 1,
+    demo: DemoOption = False,
+) -> None:
+    """Run several recipes over several seeds, and tell what their differences are worth."""
+    from luthier.comparing import compare as compared
+    from luthier.console import narrator
+
+    if not recipe:
+        raise LuthierError("--recipe must be given, once for each recipe to compare.")
+    one, rows, _ = _sources(model[0] if model else None, data[0] if data else None, demo)
+    say = narrator()
+    found = compared(
+        recipe,
+        model=model or one,
+        data=data or rows,
+        out=out,
+        seeds=_seeds(seeds),
+        vary=vary.split(",") if vary else (),
+        metric=metric,
+        against=against,
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        task=task,
+        ood=_named(ood),
+        out_domain=out_domain,
+        label_map=_mapped(label_map),
+        sets=[*DEMO_SETS, *(sets or ())] if demo else sets or (),
+        workers=workers,
+        narrator=say,
+    )
+    say.line()
+    say.show(found)
+
+
+@app.command()
+def work(
+    comparison: Annotated[Path, typer.Argument(help="The folder of a comparison that was begun.")],
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Names of runs, as in its folder runs/; all that are left without.")
+    ] = None,
+) -> None:
+    """Do runs of a comparison that no one has yet; any number of processes and machines may share its folder."""
+    from luthier.trials.work import work as done
+
+    typer.echo(f"{done(comparison, only=only or ())} runs done here")
+
+
+@app.command()
 def study(
     place: Annotated[
         str, typer.Argument(help="The folder of a run that has ended; or a model, with --recipe and --data.")
     ],
     ntk: Annotated[bool, typer.Option("--ntk", help="The neural tangent kernel at the start of a stage.")] = False,
-    drift: Annotated[bool, typer.Option("--drift", help="How far the features moved, layer by layer.")] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="How far the features moved in each stage, layer by layer.")
+    ] = False,
     clusters: Annotated[bool, typer.Option("--clusters", help="How the labels lie in each layer.")] = False,
+    forgetting: Annotated[
+        bool, typer.Option("--forgetting", help="Which rows the last training lost and won, on every split.")
+    ] = False,
+    general: Annotated[
+        str | None,
+        typer.Option("--general", help="The split not to be forgotten; all shifted tests, else test, if not given."),
+    ] = None,
     recipe: RecipeOption = "lp-ft",
     data: DataOption = None,
+    ood: OodOption = None,
+    out_domain: OutDomainOption = None,
+    label_map: MapOption = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="At whose start the kernel is; the last if not given.")
+        str | None,
+        typer.Option(
+            "--stage",
+            help="At whose start the kernel is, the last if not given; since when forgetting counts, the last that trains.",
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=2, help="Rows that are looked at.")] = 64,
+    rows: Annotated[int, typer.Option("--rows", min=2, help="Rows that are looked at; forgetting looks at all.")] = 64,
     seed: SeedOption = None,
 ) -> None:
-    """Look into a model: its kernel, its features, its clusters. All three if none is named."""
+    """Look into a model: its kernel, its features, its clusters, what it forgot. All of them if none is named."""
     from luthier.console import narrator
     from luthier.studying import KINDS
     from luthier.studying import study as looked
 
-    chosen = {"ntk": ntk, "drift": drift, "clusters": clusters}
+    chosen = {"ntk": ntk, "drift": drift, "clusters": clusters, "forgetting": forgetting}
     kinds = [kind for kind in KINDS if chosen[kind]] or list(KINDS)
     say = narrator()
-    for one in looked(place, kinds=kinds, recipe=recipe, data=data, stage=stage, rows=rows, seed=seed, narrator=say):
+    for one in looked(
+        place,
+        kinds=kinds,
+        recipe=recipe,
+        data=data,
+        stage=stage,
+        general=general,
+        ood=_named(ood),
+        out_domain=out_domain,
+        label_map=_mapped(label_map),
+        rows=rows,
+        seed=seed,
+        narrator=say,
+    ):
         say.line(f"\n{one.title}")
         for line in one.lines:
             say.line(f"  {line}")
@@ -278,6 +392,45 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder, or its repo
     from luthier import page
 
     say.line(f"page: {page.save(found, folder)}")
+
+
+@app.command()
+def rerun(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder; nothing in it is changed.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The new run folder; RUN-rerun if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved or was in memory.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Where the data is now, if it moved or was in memory.")
+    ] = None,
+    ood: OodOption = None,
+    out_domain: Annotated[
+        str | None, typer.Option("--out-domain", help="Where the out-domain rows are now, if they moved.")
+    ] = None,
+) -> None:
+    """Repeat a finished run from its folder; exit 0 if the weights are bit-equal, 1 if not."""
+    from luthier.console import narrator
+    from luthier.reruns import rerun as again
+
+    say = narrator()
+    found = again(run, out=out, model=model, data=data, ood=_named(ood), out_domain=out_domain, narrator=say)
+    say.line()
+    for line in found.lines():
+        say.line(line)
+    raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    other: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Show what differs between two finished runs: recipe, environment, data, scores, weights."""
+    from luthier.differing import differences
+
+    for line in differences(one, other).lines():
+        typer.echo(line)
 
 
 @app.command()
@@ -348,17 +501,18 @@ def _options(
 def _sources(model: str | None, data: str | None, demo: bool) -> tuple[str, Any, str]:
     """The model, the data, and the data's short name for a folder."""
     if demo:
-        from luthier.sources.demo import rows
-
-        return (
-            model or "demo",
-            data or rows(limit_per_class=100),
-            "demo" if data is None else Path(data).name.split(".")[0],
-        )
+        return model or "demo", data or "demo", "demo" if data is None else Path(data).name.split(".")[0]
     missing = [flag for flag, value in (("--model", model), ("--data", data)) if value is None]
     if model is None:
         raise LuthierError(f"{' and '.join(missing)} must be given, or --demo.")
     return model, data, Path(data or "recipe").name.split(".")[0]
+
+
+def _seeds(told: str) -> int | list[int]:
+    parts = told.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise LuthierError(f"--seeds {told}: must be a number of seeds, or numbers such as 0,3,7.")
+    return int(told) if len(parts) == 1 else [int(part) for part in parts if part.strip()]
 
 
 def _named(ood: list[str] | None) -> dict[str, str]:

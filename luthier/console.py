@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,13 @@ class Terminal:
             yield shown
         finally:
             shown.close()
+
+    @contextmanager
+    def live(self, make: Callable[[], Any]) -> Iterator[None]:
+        from rich.live import Live
+
+        with Live(get_renderable=make, console=self._console, refresh_per_second=2, transient=True):
+            yield
 
 
 class _Shown:

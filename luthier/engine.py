@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier import checkpoint, stages, trials
+from luthier import checkpoint, rates, replay, stages
+from luthier.call import Call
 from luthier.core.anatomy import Anatomy, select_all
+from luthier.errors import LuthierError
 from luthier.folder import RunFolder, refuse
 from luthier.job import Columns, Job, prepare
 from luthier.movement import movement
@@ -29,8 +31,9 @@ from luthier.report import Report
 from luthier.results import conclude
 from luthier.run import Run
 from luthier.stages import Stopped
+from luthier.stock import Stock
 from luthier.trace import Hooks, Trace
-from luthier.units import memory_peak
+from luthier.units import forget_peak, memory_peak
 
 SAVE_SECONDS = 120.0  # between checkpoints, when no number of steps is given
 
@@ -52,8 +55,10 @@ def fit(
     sets: Sequence[str] = (),
     resume: bool = False,
     save_every: int | None = None,
+    keep_stages: bool = False,
     trackers: Sequence[str] = (),
     narrator: Narrator | None = None,
+    stock: Stock | None = None,
 ) -> Report:
     """Fine-tunes ``model`` on ``data`` as ``recipe`` says.
 
@@ -71,8 +76,10 @@ def fit(
         sets: changes to the recipe, such as ``stages.1.lr=3e-5``.
         resume: go on with the run in ``out``; a run that has ended gives its report back.
         save_every: optimizer steps between checkpoints; None = every two minutes and at every stage's end.
+        keep_stages: keep the weights at the end of each stage but the last, as ``stages/NAME.safetensors`` in ``out``, for ``study``.
         trackers: names of trackers for Accelerate; none by default.
         narrator: who says what happens; None says nothing.
+        stock: what this run shares with others; it changes no bit.
     Returns:
         the report; also saved in ``out`` as report.json and report.html, beside ``model/``.
     Raises:
@@ -80,6 +87,8 @@ def fit(
             is still there, and ``resume=True`` goes on from it).
     """
     say = narrator or Silent()
+    if keep_stages and out is None:
+        raise LuthierError("keep_stages needs out, the run folder that the stages' weights are kept in.")
     keep_memory()
     known = recipes.read(recipe, sets=[*sets, *([f"task={task}"] if task else [])], seed=seed)
     place = str(out) if out is not None else None
@@ -98,6 +107,7 @@ def fit(
         label_map=label_map,
         voids=settings.voids(),
         narrator=say,
+        stock=stock,
     )
     say.show(job.plan)
     if out is None:
@@ -111,7 +121,18 @@ def fit(
             return Report.load(folder.path)
         folder.write("recipe.yaml", recipes.write(job.recipe))
         folder.write_json("plan.json", job.plan.to_json())
-        return _Fitting(job, settings, folder, say, save_every).go(resume=resume)
+        if folder.main:
+            Call.of(
+                model=model,
+                data=known.source("in", data),
+                text=text,
+                text_pair=text_pair,
+                label=label,
+                ood=ood,
+                out_domain=known.source("out", out_domain),
+                label_map=label_map,
+            ).save(folder.path)
+        return _Fitting(job, settings, folder, say, save_every, keep_stages).go(resume=resume)
     finally:
         folder.close()
 
@@ -120,10 +141,16 @@ class _Fitting:
     """The state of one call of ``fit``."""
 
     def __init__(
-        self, job: Job, placement: Placement, folder: RunFolder | None, narrator: Narrator, save_every: int | None
+        self,
+        job: Job,
+        placement: Placement,
+        folder: RunFolder | None,
+        narrator: Narrator,
+        save_every: int | None,
+        keep_stages: bool = False,
     ) -> None:
         self.job, self.placement, self.folder, self.say = job, placement, folder, narrator
-        self.save_every = save_every
+        self.save_every, self.keep_stages = save_every, keep_stages
         self.trace = Trace()
         self.notes: list[str] = list(job.warnings)
         self.stopping = False
@@ -159,6 +186,7 @@ class _Fitting:
             return 0, None
         if start is not None:
             self.job.loaded.model.load_state_dict(start.load()["model"])
+            self._keep_end(start.stage - 1)  # before it was stopped, the run may not have been asked to
         state = found.load()
         self.trace = Trace(**json.loads(state["trace"]))
         self.notes = list(state["notes"])
@@ -169,6 +197,7 @@ class _Fitting:
         return found.stage, step
 
     def _stage(self, plan: StagePlan, step: checkpoint.Checkpoint | None) -> None:
+        forget_peak(self.placement.device)
         plan = self._rated(plan)
         job, placement = self.job, self.placement
         model = job.loaded.model
@@ -203,20 +232,26 @@ class _Fitting:
                 "notes": notes,
             }
         )
+        self._keep_end(plan.index)
         self._write_state(plan.index + 1, None, {"model": model.state_dict()})
+
+    def _keep_end(self, stage: int) -> None:
+        """Keeps the model as the end of a stage, where that is asked for; the last one's is the run's own model."""
+        if self.keep_stages and self.folder and self.placement.main and 0 <= stage < len(self.job.plan.stages) - 1:
+            replay.keep(self.folder.path, self.job.plan.stages[stage].name, self.job.loaded.model)
 
     def _rated(self, plan: StagePlan) -> StagePlan:
         """The stage with the learning rate that it asks for; as it is when that is written."""
-        tries = trials.asked(plan)
+        tries = rates.asked(plan)
         if tries is None:
             return plan
         found = self.trace.rates.get(plan.name)
         if found is None:
-            found = trials.choose(self.job, plan, tries, self.placement, self.say, lambda: self.stopping)
+            found = rates.choose(self.job, plan, tries, self.placement, self.say, lambda: self.stopping)
             self.trace.rates[plan.name] = found
-            self.say.line(trials.told(found))
-            self.notes.append(trials.told(found))
-        self.job = dataclasses.replace(self.job, plan=trials.rated(self.job, plan, found["rate"]))
+            self.say.line(rates.told(found))
+            self.notes.append(rates.told(found))
+        self.job = dataclasses.replace(self.job, plan=rates.rated(self.job, plan, found["rate"]))
         return self.job.plan.stages[plan.index]
 
     def _steps(self, plan: StagePlan, model: nn.Module, step: checkpoint.Checkpoint | None) -> list[str]:

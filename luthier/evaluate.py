@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core.calibration import accuracy_at, aurc, bootstrap, ece_equal_mass
+from luthier.core.calibration import accuracy_at, aurc, bootstrap, ece_equal_mass, risk_coverage
 from luthier.core.scores import HIGHER_IS_BETTER, Array, Bin, brier, ece, mce, nll, reliability, softmax
 from luthier.errors import DataError, Fault
 
@@ -96,6 +96,25 @@ def trust(logits: Array, labels: Array) -> dict[str, float]:
         "accuracy_at_80": at_80,
         "accuracy_at_50": at_50,
     }
+
+
+def selective(logits: Array, labels: Array, *, most: int = 50) -> list[list[float]]:
+    """The risk-coverage curve, thinned: how often the surest rows are wrong, if only these are answered.
+
+    Args:
+        logits: shape (n, k), unnormalised.
+        labels: shape (n,), class numbers below k.
+        most: points; with as many rows or fewer, every row is one.
+    Returns:
+        [coverage, risk] for the surest ceil(n i / most) rows, i = 1 ... most: points of the curve itself, no means of several.
+        Coverage rises to 1; both are shares.
+    Source: Geifman, El-Yaniv, NeurIPS 2017 (arXiv:1705.08500).
+    """
+    likely = softmax(logits)
+    coverage, risk = risk_coverage(likely.max(axis=1), np.asarray(likely.argmax(axis=1) != labels, dtype=np.float64))
+    n = len(risk)
+    ends = sorted({-(-n * at // most) for at in range(1, most + 1)})
+    return [[float(coverage[end - 1]), float(risk[end - 1])] for end in ends]
 
 
 def mistakes(logits: Array, labels: Array, *, most: int = 20) -> list[int]:

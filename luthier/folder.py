@@ -32,8 +32,8 @@ PACKAGES = (
 class RunFolder:
     """An open run folder.
 
-    Files: ``recipe.yaml`` (every default filled in), ``plan.json``, ``environment.json``, ``log.jsonl``, ``checkpoints/``; and at the
-    end ``model/``, ``report.json`` and ``report.html``.
+    Files: ``recipe.yaml`` (every default filled in), ``call.json``, ``plan.json``, ``environment.json``, ``log.jsonl``,
+    ``checkpoints/``; and at the end ``model/``, ``report.json`` and ``report.html``.
 
     Args:
         path: where.
@@ -189,9 +189,17 @@ def environment() -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
         "versions": versions,
     }
+
+
+def _processor() -> str:
+    """The processor's own name, on which the order of sums depends; the kind of machine where it is not told."""
+    info = Path("/proc/cpuinfo")
+    told = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

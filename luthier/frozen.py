@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from luthier.core.anatomy import Anatomy
 
 Collate = Callable[[Sequence[int]], Mapping[str, Tensor]]
 LIMIT = 2 * 1024**3  # bytes of kept outputs, in main memory
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Outputs by row, each (length, hidden), and whether the block gives its output in a tuple."""
+
+    rows: Mapping[int, Tensor]
+    wrapped: bool
 
 
 class FrozenOutputs:
@@ -29,14 +38,14 @@ class FrozenOutputs:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self._model, self._blocks = model, list(blocks)
-        self._kept: dict[int, Tensor] = {}
-        self._tuple = False
+        self._kept: Kept = Kept({}, False)
         self._current: Tensor | None = None
 
     def learn(
         self, rows: Sequence[int], lengths: Sequence[int], collate: Collate, *, size: int, tick: Callable[[int], None]
-    ) -> None:
-        """Runs the frozen layers once over ``rows``, in batches of like length."""
+    ) -> Kept:
+        """Runs the frozen layers once over ``rows``, in batches of like length; ``take`` it to replay it."""
+        kept, wrapped = {}, False
         order = sorted(rows, key=lambda row: lengths[row])
         caught: list[Any] = []
         hook = self._blocks[-1].register_forward_hook(lambda module, args, output: caught.append(output))
@@ -46,20 +55,25 @@ class FrozenOutputs:
                 caught.clear()
                 with torch.no_grad():
                     self._model(**collate(chosen))
-                self._tuple = isinstance(caught[0], tuple)
-                hidden = caught[0][0] if self._tuple else caught[0]
+                wrapped = isinstance(caught[0], tuple)
+                hidden = caught[0][0] if wrapped else caught[0]
                 for place, row in enumerate(chosen):
-                    self._kept[row] = hidden[place, : lengths[row]].detach().clone()
+                    kept[row] = hidden[place, : lengths[row]].detach().clone()
                 tick(len(chosen))
         finally:
             hook.remove()
+        return Kept(kept, wrapped)
+
+    def take(self, kept: Kept) -> None:
+        """What ``learn`` gave, here or in another run with the same frozen layers and rows."""
+        self._kept = kept
 
     def use(self, rows: Sequence[int], width: int) -> None:
         """Sets the rows of the next forward pass, padded to ``width`` tokens."""
-        first = self._kept[rows[0]]
+        first = self._kept.rows[rows[0]]
         batch = first.new_zeros(len(rows), width, first.shape[-1])
         for place, row in enumerate(rows):
-            kept = self._kept[row]
+            kept = self._kept.rows[row]
             batch[place, : len(kept)] = kept
         self._current = batch
 
@@ -79,14 +93,14 @@ class FrozenOutputs:
 
     def _replay(self, *args: Any, **named: Any) -> Any:
         assert self._current is not None
-        return (self._current,) if self._tuple else self._current
+        return (self._current,) if self._kept.wrapped else self._current
 
     def _pass(self, module: nn.Module) -> Callable[[], None]:
         own = module.__dict__.get("forward")
 
         def through(*args: Any, **named: Any) -> Any:
             hidden = args[0] if args else named["hidden_states"]
-            return (hidden,) if self._tuple else hidden
+            return (hidden,) if self._kept.wrapped else hidden
 
         module.forward = through  # type: ignore[method-assign]
         return lambda: _restore(module, own)

@@ -7,7 +7,7 @@ strength of the penalty chosen on validation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,23 @@ class Probe:
     path: tuple[tuple[float, float], ...]
     iterations: int
     converged: bool
+
+    def arrays(self) -> dict[str, Array]:
+        """The same as arrays."""
+        told = {
+            "strength": self.strength,
+            "path": self.path,
+            "iterations": self.iterations,
+            "converged": self.converged,
+        }
+        return {"weight": self.weight, "bias": self.bias, **{name: np.array(value) for name, value in told.items()}}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Array]) -> Probe:
+        """What ``arrays`` told."""
+        path = tuple((float(strength), float(score)) for strength, score in kept["path"])
+        numbers = float(kept["strength"]), path, int(kept["iterations"]), bool(kept["converged"])
+        return cls(kept["weight"], kept["bias"], *numbers)
 
 
 @dataclass(frozen=True)

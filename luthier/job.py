@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,9 @@ from luthier.core.claims import voids as gone
 from luthier.narrate import Narrator, Silent
 from luthier.plan import Plan, compose, skeleton
 from luthier.recipe.recipe import Recipe
-from luthier.sources import checks, data, models, tasks
+from luthier.sources import checks, data, models, places, tasks
 from luthier.sources.text import Encoded, encode
+from luthier.stock import Stock, key
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Job:
     plan: Plan
     metric: str
     warnings: tuple[str, ...]
+    stock: Stock = field(default_factory=Stock)
 
     @cached_property
     def training(self) -> Encoded:
@@ -80,6 +82,7 @@ def prepare(
     label_map: Mapping[str, Mapping[str, str]] | None = None,
     voids: Sequence[Claim] = (),
     narrator: Narrator | None = None,
+    stock: Stock | None = None,
 ) -> Job:
     """Reads the data and the model, checks them, and composes the plan. Trains nothing, writes nothing.
 
@@ -88,28 +91,50 @@ def prepare(
     """
     say = (narrator or Silent()).line
     chosen = columns or Columns()
-    found = data.read(
-        data_source,
-        text=chosen.text,
-        text_pair=chosen.text_pair,
-        label=chosen.label,
-        seed=recipe.seed,
-        ood=ood,
-        out_domain=out_domain,
-        label_map=label_map,
-    )
+    shared = stock or Stock()
+    split_seed = recipe.seed_of("split")
+
+    def read() -> data.Data:
+        return data.read(
+            data_source,
+            text=chosen.text,
+            text_pair=chosen.text_pair,
+            label=chosen.label,
+            seed=split_seed,
+            ood=ood,
+            out_domain=out_domain,
+            label_map=label_map,
+        )
+
+    sources = [data_source, *(ood or {}).values(), *([out_domain] if out_domain is not None else [])]
+    files = places.signature(sources)  # None for what is in memory
+    asked = (data_source, chosen, split_seed, ood, out_domain, label_map, files)
+    found = read() if files is None else shared.get(key("data", *asked), read)
     for note in found.notes:
         say(note)
     decided, sentence = tasks.decide(found, recipe.task)
     say(sentence)
     warnings = [*found.warnings, *checks.check(found, decided, metrics=_judged_by(recipe))]
-    loaded = models.load(model, decided, seed=recipe.seed, max_length=recipe.max_length)
+    loaded = models.load(
+        model,
+        decided,
+        seed=recipe.seed_of("head"),
+        max_length=recipe.max_length,
+        head=recipe.head,
+        family=recipe.family,
+    )
     for note in loaded.notes:
         say(note)
-    encoded = {
-        name: encode(loaded.tokenizer, split, decided.targets(split.labels or ()), max_length=loaded.max_length)
-        for name, split in found.splits.items()
-    }
+
+    def tokens() -> dict[str, Encoded]:
+        return {
+            name: encode(loaded.tokenizer, split, decided.targets(split.labels or ()), max_length=loaded.max_length)
+            for name, split in found.splits.items()
+        }
+
+    known = None if isinstance(model, tuple) else places.signature([loaded.source])
+    these = key("tokens", found.digest, loaded.source, loaded.max_length, decided.kind, known)
+    encoded = tokens() if known is None else shared.get(these, tokens)
     cut = {name: one.truncated for name, one in encoded.items()}
     rows = {name: len(one) for name, one in encoded.items()}
     warnings += checks.truncated(cut, rows, max_length=loaded.max_length)
@@ -121,11 +146,27 @@ def prepare(
         lengths=(*encoded["train"].lengths, *other),
         out_domain=len(other),
         voids=[*voids, *absent],
+        goes_on=True,
     )
     warnings += _measures(recipe, found, plan)
     for warning in warnings:
         say(f"warning: {warning}")
-    return Job(recipe, found, decided, loaded, encoded, plan, recipe.metric or decided.metric, tuple(warnings))
+    return Job(recipe, found, decided, loaded, encoded, plan, recipe.metric or decided.metric, tuple(warnings), shared)
+
+
+def fits(recipe: Recipe, job: Job, *, voids: Sequence[Claim] = ()) -> None:
+    """Checks that ``recipe`` can be made of the model and the data of ``job``; loads and trains nothing.
+
+    Raises:
+        LuthierError: it cannot; all faults.
+    """
+    checks.check(job.data, job.task, metrics=_judged_by(recipe))
+    absent = [] if "validation" in job.encoded else [gone(Place.VALIDATION)]
+    train, other = job.encoded["train"].lengths, job.encoded.get("out_domain")
+    lengths = (*train, *(other.lengths if other is not None else ()))
+    many = len(other) if other is not None else 0
+    shape, around = skeleton(job.loaded.model), [*voids, *absent]
+    compose(recipe, shape, lengths=lengths, out_domain=many, voids=around, goes_on=True)
 
 
 def _judged_by(recipe: Recipe) -> dict[str, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 
@@ -28,6 +28,10 @@ class Narrator(Protocol):
         """A context that gives a Bar of ``total`` units."""
         ...
 
+    def live(self, make: Callable[[], Any]) -> AbstractContextManager[None]:
+        """While open, what ``make`` gives is shown and kept up to date, where the place can do that."""
+        ...
+
 
 class Silent:
     """Says nothing."""
@@ -44,6 +48,9 @@ class Silent:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
         yield self
+
+    def live(self, make: Callable[[], Any]) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _Lines:
@@ -80,3 +87,6 @@ class Plain:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
         yield _Lines(label, total, self._every)
+
+    def live(self, make: Callable[[], Any]) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from luthier import evaluate
+from luthier.checkpoint import atomically
 from luthier.core.calibration import through_logits
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.modes import paused
+from luthier.errors import Fault, LuthierError
 from luthier.placement import Placement
 from luthier.sources.tasks import Task
 from luthier.sources.text import Encoded, collate
@@ -52,6 +55,35 @@ def logits(
     for rows, part in everyone:
         found[rows] = part
     return found
+
+
+def keep(folder: Path, outputs: Mapping[str, Outputs]) -> None:
+    """Writes outputs.npz: of each split the model's outputs before calibration, and what there was to predict."""
+
+    def write(beside: Path) -> None:
+        arrays: dict[str, Any] = {}
+        for name, out in outputs.items():
+            arrays |= {f"{name}/logits": out.logits, f"{name}/targets": out.targets}
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)
+
+    atomically(folder / "outputs.npz", write)
+
+
+def kept(folder: Path) -> dict[str, Outputs]:
+    """The outputs of a run that has ended, by split.
+
+    Raises:
+        LuthierError: the run is of a version that did not keep them.
+    """
+    file = folder / "outputs.npz"
+    if not file.is_file():
+        raise LuthierError.of(
+            [Fault(str(file), "must be there", do="Run it again: an old run did not keep it.")], "the run"
+        )
+    with np.load(file) as held:
+        names = dict.fromkeys(name.rsplit("/", 1)[0] for name in held.files)
+        return {name: Outputs(held[f"{name}/logits"], held[f"{name}/targets"]) for name in names}
 
 
 def scores(task: Task, out: Outputs) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from luthier.core.anatomy import WORDS, Anatomy, Family
 from luthier.core.claims import Claim, Place, conflicts, needs
 from luthier.core.claims import voids as gone
 from luthier.core.context import Context, Progress, Shelf
+from luthier.core.heads import two_layers
 from luthier.core.ingredient import Ingredient
 from luthier.core.stream import Shuffled, Stream
 from luthier.core.table import ParamTable
@@ -59,6 +60,7 @@ class StagePlan:
         steps: optimizer steps; 0 when the head is solved.
         stream: which rows make which step; None when the rows are not known (one's own loop).
         memory: the forecast, by part.
+        family: where the parts are, for reading the model's anatomy at any time; with ``head: mlp``, both layers in the head.
     """
 
     stage: Stage
@@ -118,6 +120,7 @@ def compose(
     lengths: Sequence[int] | None = None,
     out_domain: int = 0,
     voids: Sequence[Claim] = (),
+    goes_on: bool = False,
     where: str = "",
 ) -> Plan:
     """Makes a recipe definite for one model and one set of training rows.
@@ -128,16 +131,20 @@ def compose(
         lengths: tokens in each training row; None when stages say their steps.
         out_domain: how many of them, the last ones, are out-domain rows.
         voids: what the surroundings do away with (sharded weights, another trainer's own clipping).
+        goes_on: whether what a stage leaves is used: by the next stage, what it carries, and at the end by who asked for the run.
         where: the recipe's file, for messages.
     Raises:
         RecipeError: values that cannot hold for this model or these rows, or an ingredient that matches nothing.
         ConflictError: ingredients that cannot share a stage. All faults of all stages are told at once.
+        ModelError: the model cannot have the head that the recipe asks for.
     """
     faults: list[Fault] = []
     clashes: list[Fault] = []
     around = (*voids, *(() if out_domain else (gone(Place.OUT_DOMAIN),)))
     known = None if lengths is None else (tuple(lengths), out_domain)
-    plans = [_stage(recipe, at, shape, known, around, faults, clashes) for at in range(len(recipe.stages))]
+    family = two_layers(shape, recipe.family) if recipe.head == "mlp" else recipe.family
+    many = range(len(recipe.stages))
+    plans = [_stage(recipe, at, shape, family, known, around, goes_on, faults, clashes) for at in many]
     inside = where or recipe.name
     if faults:
         raise RecipeError.of([*faults, *clashes], inside)
@@ -150,15 +157,17 @@ def _stage(
     recipe: Recipe,
     index: int,
     shape: nn.Module,
+    family: Family | None,
     lengths: tuple[tuple[int, ...], int] | None,
     voids: tuple[Claim, ...],
+    goes_on: bool,
     faults: list[Fault],
     clashes: list[Fault],
 ) -> StagePlan | None:
     stage = recipe.stages[index]
     label = f"stages[{index}] {stage.name!r}"
     entries = _entries(stage, label, faults)
-    before = Anatomy.of(shape, recipe.family)
+    before = Anatomy.of(shape, family)
     notes: list[str] = []
     shelf = Shelf()
 
@@ -169,7 +178,7 @@ def _stage(
     try:
         for entry in structural:
             entry.ingredient.surgery(shape, context(entry, before, 0))
-        anatomy = Anatomy.of(shape, recipe.family)
+        anatomy = Anatomy.of(shape, family)
         stream, steps = _length(recipe, stage, index, entries, lengths, lambda e: context(e, anatomy, 0))
         table = ParamTable.start(
             anatomy,
@@ -200,7 +209,12 @@ def _stage(
     if idle:
         when = f" from {idle[0]:.0%} of it on" if idle[0] or any(row.trainable for row in table.rows) else ""
         faults.append(Fault(label, f"trains no weight{when}", do="Freeze less, or drop the stage."))
-    around = [("the surroundings", voids), ("the stages before", (needs(Place.EARLIER),) if index else ())]
+    carried = stage.carry if stage.carry and index + 1 < len(recipe.stages) else ("all",)
+    around = [
+        ("the surroundings", voids),
+        ("the stages before", (needs(Place.EARLIER),) if index else ()),
+        ("the run", (needs(Place.GOES_ON, *carried),) if goes_on else ()),
+    ]
     claimed = [(entry.name, entry.claims) for entry in entries] + around
     if stage.solver == "exact":
         faults.extend(_unsolvable(entries, table, anatomy, label))
@@ -209,7 +223,7 @@ def _stage(
         if entry.ingredient.uses("finish"):
             entry.ingredient.finish(shape, context(entry, anatomy, steps))
     memory = forecast(shape, table, [entry.ingredient for entry in entries], stage, stream)
-    return StagePlan(stage, index, entries, anatomy, table, steps, stream, memory, tuple(notes), recipe.family)
+    return StagePlan(stage, index, entries, anatomy, table, steps, stream, memory, tuple(notes), family)
 
 
 def _entries(stage: Stage, label: str, faults: list[Fault]) -> tuple[Entry, ...]:
@@ -240,7 +254,9 @@ def _length(
     stream: Stream | None = None
     if lengths is not None:
         rows, spare = lengths
-        stream = Shuffled(rows, stage.batch_size, recipe.seed, index, tuple(range(len(rows) - spare, len(rows))))
+        stream = Shuffled(
+            rows, stage.batch_size, recipe.seed_of("order"), index, tuple(range(len(rows) - spare, len(rows)))
+        )
         for entry in entries:
             stream = entry.ingredient.batches(stream, context(entry))  # type: ignore[operator]
     if stage.steps is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from luthier.errors import Fault, LuthierError
 from luthier.jsonfile import plain, read_as, write_whole
 
-SCHEMA = 2  # of report.json; a field more is a new number
+SCHEMA = 3  # of report.json; a field more is a new number
 WIDTH = 80  # columns of summary()
 
 
@@ -74,6 +74,8 @@ class Report:
         environment: versions and hardware, as environment.json has them.
         trust: by split, ``{"before": numbers, "after": numbers}`` of a classification: ece with ece_low and ece_high (95 % bootstrap),
             ece_mass (bins of equal mass), mce, aurc, accuracy_at_80 and accuracy_at_50 (of the surest 80 and 50 % of the rows).
+        selective: by split, ``{"before": points, "after": points}`` of a classification: [coverage, risk], the share of the rows that are
+            answered, the surest first, and the share of these that is wrong; at most 50.
         chosen_on: the split by whose scores weights or rates were chosen, so that its own scores are optimistic; empty for none.
     """
 
@@ -102,6 +104,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     chosen_on: str = ""
     trust: dict[str, Any] = field(default_factory=dict)
+    selective: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> str | None:

@@ -16,7 +16,7 @@ from luthier.core.ingredient import Findings, Outputs
 from luthier.folder import RunFolder, environment
 from luthier.job import Job
 from luthier.narrate import Narrator
-from luthier.outputs import adjusted, by_split, logits, scores
+from luthier.outputs import adjusted, by_split, keep, logits, scores
 from luthier.placement import Placement
 from luthier.report import Movement, Report, StageReport
 from luthier.trace import Trace
@@ -49,6 +49,7 @@ def conclude(
     after = {name: adjusted(out, findings) for name, out in outputs.items()} if findings and findings.changes else {}
     if folder and placement.main:
         notes += _saved(job, folder.path, outputs)
+        keep(folder.path, outputs)
     report = Report(
         recipe=job.recipe.name,
         recipe_digest=job.recipe.digest,
@@ -150,7 +151,7 @@ def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:
 
 
 def _pictures(job: Job, outputs: Mapping[str, Outputs], after: Mapping[str, Outputs]) -> dict[str, Any]:
-    """What only the page shows: confusion, reliability and mistakes, or the scatter of a regression."""
+    """What only the page shows: confusion, reliability, risk against coverage and mistakes, or the scatter of a regression."""
     shown = "test" if "test" in outputs else "validation"
     if job.task.kind == "regression":
         chosen = outputs.get(shown)
@@ -173,8 +174,15 @@ def _pictures(job: Job, outputs: Mapping[str, Outputs], after: Mapping[str, Outp
         }
         for name, out in outputs.items()
     }
+    selective = {
+        name: {
+            "before": evaluate.selective(out.logits, out.targets),
+            "after": evaluate.selective(after[name].logits, out.targets) if name in after else [],
+        }
+        for name, out in outputs.items()
+    }
     mistakes = _mistakes(job, shown, outputs, after)
-    return {"confusion": confusion, "reliability": bins, "trust": trust, "mistakes": mistakes}
+    return {"confusion": confusion, "reliability": bins, "trust": trust, "selective": selective, "mistakes": mistakes}
 
 
 def _mistakes(

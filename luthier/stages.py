@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,9 @@ from luthier.placement import Placement
 from luthier.plan import StagePlan
 from luthier.quick import QuickRandom, quicken
 from luthier.run import Run
+from luthier.sources import models
 from luthier.sources.text import collate
+from luthier.stock import Arrays, key
 from luthier.trace import Hooks, Trace
 
 
@@ -104,7 +107,7 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
     plan, stream = run.plan, run.plan.stream
     assert stream is not None
     left = 0 if run.progress.over else plan.steps - run.progress.step
-    quick = QuickRandom(job.recipe.seed)
+    quick = QuickRandom(job.recipe.seed_of("dropout"))
     first = trace.steps - run.progress.step  # the stage's first step, counted over the whole run
     handle = quicken(run.model, quick) if placement.device.type == "cpu" else None
     saved_state = torch.random.get_rng_state()
@@ -171,12 +174,17 @@ def keep_frozen(job: Job, run: Run, inner: TaskLoss, placement: Placement, narra
         return made
 
     outputs = frozen.FrozenOutputs(run.model, blocks)
-    with (
-        narrator.bar(f"{plan.name}: frozen layers", len(own)) as bar,
-        _evaluating(run),
-        _quick(run.model, placement),
-    ):
-        outputs.learn(own, train_rows.lengths, batch, size=BATCH, tick=bar.advance)
+
+    def learn() -> frozen.Kept:
+        with narrator.bar(f"{plan.name}: frozen layers", len(own)) as bar:
+            return outputs.learn(own, train_rows.lengths, batch, size=BATCH, tick=bar.advance)
+
+    names = {part.name for part in plan.anatomy.parts if part.depth < plan.table.quiet_depth}
+    weights = dict(run.model.named_parameters())
+    below = {name: weights[name] for name in sorted(names)} | dict(run.model.named_buffers())
+    known = [*_same_rows(job, run.model, placement), models.digest(below), own]
+    with _evaluating(run), _quick(run.model, placement):
+        outputs.take(job.stock.get(key("frozen", *known), learn, most=1))
         fits = frozen.holds(run.model, outputs, list(own[:4]), batch)
     if not fits:
         return f"the outputs of {len(blocks)} frozen blocks cannot be replayed in this family and are computed anew each step"
@@ -210,10 +218,39 @@ def solve(
     Returns:
         sentences for the report.
     """
-    begun = time.perf_counter()
     output = plan.anatomy.output
     assert output is not None
     model.to(placement.device)
+    linear = model.get_submodule(output)
+    intercept = getattr(linear, "bias", None) is not None
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{output}.")}
+    known = [*_same_rows(job, model, placement), models.digest(body), output, intercept, job.task.num_labels]
+    kept = job.stock.arrays(key("probe", *known), lambda: _probe(job, plan, model, placement, intercept, narrator))
+    probe = head.Probe.of(kept)
+    head.write(probe, linear)
+    trace.seconds += float(kept["seconds"])  # also where another run solved it: it is what this head costs
+    rows, width = len(job.encoded["train"]), probe.weight.shape[1]
+    notes = [f"the head is solved on {rows} rows of {width} features, strength {probe.strength:.3g}"]
+    if not probe.converged:
+        notes.append("the solver stopped before it converged; its last head is used")
+    hidden = [part.canonical for part in plan.anatomy.parts if part.role == "head" and not part.name.startswith(output)]
+    if hidden:
+        notes.append(f"only {output} is solved; the head's other layers ({', '.join(hidden)}) keep their random start")
+    return notes
+
+
+def _same_rows(job: Job, model: nn.Module, placement: Placement) -> tuple[object, ...]:
+    """What a frozen model's outputs depend on beside its weights."""
+    config: Any = getattr(model, "config", None)
+    told = config.to_json_string(use_diff=False) if config is not None else ""
+    rows = [job.encoded[name].digest for name in ("train", "validation", "out_domain") if name in job.encoded]
+    return *rows, job.pad_id, job.task.kind, told, str(placement.device)
+
+
+def _probe(
+    job: Job, plan: StagePlan, model: nn.Module, placement: Placement, intercept: bool, narrator: Narrator
+) -> Arrays:
+    begun = time.perf_counter()
     splits = [name for name in ("train", "validation") if name in job.encoded]
     features: dict[str, Any] = {}
     with (
@@ -223,7 +260,6 @@ def solve(
     ):
         for name in splits:
             features[name] = logits(model, job.encoded[name], pad_id=job.pad_id, placement=placement, tick=bar.advance)
-    linear = model.get_submodule(output)
     targets = {name: job.targets(name) for name in splits}
     held = (features["validation"], targets["validation"]) if "validation" in splits else None
     if job.task.kind == "classification":
@@ -232,23 +268,11 @@ def solve(
             targets["train"],
             classes=job.task.num_labels,
             validation=held,
-            intercept=getattr(linear, "bias", None) is not None,
+            intercept=intercept,
         )
     else:
-        probe = head.solve_regression(
-            features["train"], targets["train"], validation=held, intercept=getattr(linear, "bias", None) is not None
-        )
-    head.write(probe, linear)
-    trace.seconds += time.perf_counter() - begun
-    notes = [
-        f"the head is solved on {len(features['train'])} rows of {features['train'].shape[1]} features, strength {probe.strength:.3g}"
-    ]
-    if not probe.converged:
-        notes.append("the solver stopped before it converged; its last head is used")
-    hidden = [part.canonical for part in plan.anatomy.parts if part.role == "head" and not part.name.startswith(output)]
-    if hidden:
-        notes.append(f"only {output} is solved; the head's other layers ({', '.join(hidden)}) keep their random start")
-    return notes
+        probe = head.solve_regression(features["train"], targets["train"], validation=held, intercept=intercept)
+    return {**probe.arrays(), "seconds": np.array(time.perf_counter() - begun)}
 
 
 def steps(plan: StagePlan, done: int) -> Iterator[tuple[int, list[int], bool]]:
@@ -283,7 +307,7 @@ def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: 
         batches.append(batch)
 
     def before(number: int) -> None:
-        seed = derive(job.recipe.seed, "dropout", plan.index, step, number, placement.rank)
+        seed = derive(job.recipe.seed_of("dropout"), "dropout", plan.index, step, number, placement.rank)
         run.begin_part(number)
         reseed(seed, placement.device)
         quick.reseed(seed)

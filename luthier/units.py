@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
+
+
+def forget_peak(device: torch.device) -> None:
+    """``memory_peak`` counts from here on. Outside Linux a CPU's peak is that of the process since it began."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(OSError):
+            _CLEAR.write_text("5")
+
+
 def memory_peak(device: torch.device) -> int:
-    """The most memory in use so far, in bytes: of the GPU, or of this process on a CPU."""
+    """The most memory in use since ``forget_peak``, in bytes: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -205,3 +205,16 @@ def test_exit_codes_and_messages_hold_for_the_installed_command(tmp_path):
     assert done.returncode == 2
     assert "no.csv" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_keeps_its_stages_is_studied_for_what_it_forgot(run, tiny_model, data):
+    code, _, err = fit(run, tiny_model, data, "--out", "kept", "--keep-stages")
+    assert code == 0, err
+    assert Path("kept/stages/probe.safetensors").is_file()
+    code, out, err = run("study", "kept", "--forgetting", "--general", "validation")
+    assert code == 0, err
+    assert "What was forgotten and learned since the start of 'finetune'" in out
+    assert "validation *" in out and "test *" not in out
+    assert [path.name for path in Path("kept/study").iterdir()] == ["forgetting.json"]
+    code, _, err = run("study", "kept", "--forgetting", "--general", "tset")
+    assert code == 2 and "--general" in err

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
+import luthier
 from luthier import evaluate
 from luthier.errors import DataError
 from luthier.evaluate import HIGHER_IS_BETTER, classification, confusion, mistakes, regression
+from tests.little import recipe, sentences
 
 
 def logits_of(found: list[int], classes: int = 3, sure: float = 5.0) -> np.ndarray:
@@ -85,3 +87,43 @@ def test_trust_by_hand():
     assert found["ece"] == pytest.approx(0.4) and found["ece_mass"] == pytest.approx(0.4)
     assert found["mce"] == pytest.approx(0.7)
     assert found["ece_low"] <= found["ece_high"]
+
+
+def test_risk_against_coverage_by_hand():
+    # Confidences .9, .8, .7, .6, of which the two surest are right: of one row none is wrong, of two none, of three one, of four two.
+    likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    labels = np.array([0, 1, 1, 0])
+    assert evaluate.selective(np.log(likely), labels) == [[0.25, 0.0], [0.5, 0.0], [0.75, 1 / 3], [1.0, 0.5]]
+    # In three points: the surest ceil(4 / 3) = 2, ceil(8 / 3) = 3 and 4 rows.
+    assert evaluate.selective(np.log(likely), labels, most=3) == [[0.5, 0.0], [0.75, 1 / 3], [1.0, 0.5]]
+    # Among rows that are equally sure there is no order: each counts their mean.
+    assert evaluate.selective(np.log(likely[[0, 0]]), np.array([0, 1])) == [[0.5, 0.5], [1.0, 0.5]]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 130), st.integers(1, 50))
+def test_a_thinned_curve_is_made_of_points_of_the_whole_one(seed, rows, most):
+    draw = np.random.default_rng(seed)
+    logits, labels = draw.normal(size=(rows, 3)), draw.integers(0, 3, rows)
+    whole, few = evaluate.selective(logits, labels, most=rows), evaluate.selective(logits, labels, most=most)
+    assert len(whole) == rows and len(few) == min(rows, most)
+    assert all(point in whole for point in few)
+    assert few == sorted(few) and few[-1] == whole[-1]
+    assert few[-1] == [1.0, pytest.approx(1 - classification(logits, labels)["accuracy"])]
+    assert np.mean([risk for _, risk in whole]) == pytest.approx(evaluate.trust(logits, labels)["aurc"], abs=1e-12)
+
+
+def test_a_run_reports_the_curve_of_every_split_before_and_after_calibration(tiny_model):
+    rows = sentences(60)
+    data = {
+        "train": rows[:40],
+        "validation": rows[40:],
+        "test": sentences(70, seed=4),
+        "ood_far": sentences(30, seed=5),
+    }
+    report = luthier.fit(recipe(["adamw", "temperature"]), model=tiny_model, data=data)
+    assert report.selective.keys() == report.reliability.keys() == {"validation", "test", "ood_far"}
+    for split, curves in report.selective.items():
+        scores = report.splits[split]
+        for points in curves.values():
+            assert len(points) == min(50, scores["n"])
+            assert points[-1] == [1.0, pytest.approx(1 - scores["accuracy"])]

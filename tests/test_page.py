@@ -167,6 +167,52 @@ def test_every_figure_says_in_words_what_it_shows() -> None:
     assert all(told["role"] == "img" and len(told["aria-label"]) > 10 for told in drawn)
 
 
+POINTS = [[0.25, 0.0], [0.5, 0.0], [0.75, 1 / 3], [1.0, 0.5]]
+
+
+def selective(after: list[list[float]]) -> tuple[str, list[str]]:
+    """The page of a report with a risk-coverage curve of test, and the labels of its figures."""
+    trust = {"ece": 0.1, "ece_low": 0.1, "ece_high": 0.2, "ece_mass": 0.1, "mce": 0.2}
+    trust |= {"aurc": 0.2083, "accuracy_at_80": 0.5, "accuracy_at_50": 1.0}
+    curves = {"test": {"before": POINTS, "after": after}}
+    told = {"test": {"before": trust, "after": {**trust, "aurc": 0.1875} if after else {}}}
+    text = page.render(a_report(selective=curves, trust=told))
+    return text, [told["aria-label"] for tag, told in Outline(text).attributes if tag == "svg"]
+
+
+def test_risk_against_coverage_stands_beside_the_reliability_diagrams() -> None:
+    text, labels = selective([])
+    assert labels[-3:] == [
+        "Reliability diagram, test, as trained: ECE 0.100",
+        "Reliability diagram, test, after temperature 1.5: ECE 0.020",
+        "Risk against coverage, test; 0.500 where all are answered",
+    ]
+    for said in (
+        "coverage (share of the rows answered, surest first)",
+        "risk (share of these wrong)",
+        "all rows: 0.500",
+    ):
+        assert f">{said}</text>" in text, said
+    assert "test: how often it is wrong if only its surest rows are answered" in text
+    assert "the mean over all shares (AURC) is 0.208." in text
+    assert ">after temperature 1.5</text>" not in text
+
+
+def test_calibration_has_a_curve_of_its_own_only_where_it_changes_the_order() -> None:
+    other, _ = selective([[0.25, 0.0], [0.5, 0.0], [0.75, 0.25], [1.0, 0.5]])
+    assert ">after temperature 1.5</text>" in other
+    assert "(AURC) is 0.208, 0.188 after temperature 1.5." in other
+    same, _ = selective(POINTS)
+    assert ">after temperature 1.5</text>" not in same
+    assert "(AURC) is 0.208; calibration leaves the order of the rows as it is." in same
+
+
+@pytest.mark.parametrize("points", [[[1.0, 0.0]], [[1.0, 1.0]], [[0.5, 1.0], [1.0, 0.5]]])
+def test_a_curve_of_one_row_or_without_a_mistake_is_drawn(points: list[list[float]]) -> None:
+    text = page.render(a_report(selective={"test": {"before": points, "after": []}}))
+    assert f"all rows: {points[-1][1]:.3f}" in text
+
+
 def test_the_same_report_gives_the_same_bytes_whatever_style_the_user_has_set() -> None:
     import matplotlib as mpl
 

@@ -120,7 +120,7 @@ def test_what_is_plain_survives_strict_json_unchanged(value: Any) -> None:
 
 def test_report_json_has_the_names_that_other_programs_read() -> None:
     told = a_report().to_json()
-    assert told["schema"] == 2
+    assert told["schema"] == 3
     assert set(told["metrics"]["test"]) == {"accuracy", "f1_macro", "nll", "brier", "ece", "n"}
     assert told["metrics"]["ood"]["bbc"]["accuracy"] == 0.65
     assert told["stages"][1] == {
@@ -142,7 +142,7 @@ def test_a_report_that_is_not_there_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "must be a report in JSON"), ("[]", "no schema"), ('{"schema": 1}', "must have schema 2; got schema 1")],
+    [("{", "must be a report in JSON"), ("[]", "no schema"), ('{"schema": 1}', "must have schema 3; got schema 1")],
 )
 def test_a_file_that_is_no_report_is_refused_with_the_reason(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "report.json").write_text(text)

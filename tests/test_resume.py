@@ -57,6 +57,7 @@ KINDS = {
     "sam": (["sam", *BASE], False),
     "lisa": ([{"lisa": {"layers": 1, "every": 2}}, *BASE], False),
     "lora_plus": ([{"lora": {"r": 2}}, "lora_plus", *BASE], False),
+    "prefix": ([{"prefix": {"vectors": 3}}, *BASE], False),
     "prior_decay": ([*BASE, "prior_decay"], True),
     "rec_adam": (["rec_adam", *BASE], True),
 }
@@ -64,9 +65,12 @@ KINDS = {
 
 def fit(tiny_model: Path, out: Path, kind: str, **more):
     ingredients, probe = KINDS[kind]
-    return luthier.fit(
-        recipe(ingredients, probe=probe), model=tiny_model, data=sentences(), out=out, save_every=1, **more
-    )
+    made = recipe(ingredients, probe=probe)
+    if kind == "prefix":  # whose vectors stay behind
+        after = {"name": "after", "steps": 2, "batch_size": 8}
+        plain = made.to_dict()
+        made = build({**plain, "stages": [{**plain["stages"][0], "carry": ["head"]}, after]}, inside="a test")
+    return luthier.fit(made, model=tiny_model, data=sentences(), out=out, save_every=1, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)

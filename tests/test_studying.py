@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.recipe.text import build
 from tests.little import recipe, same, sentences, weights
 
 
@@ -25,14 +27,14 @@ def run(tiny_model, tmp_path_factory) -> Path:
 def test_a_run_is_looked_at_and_its_page_tells(run):
     before = weights(run)
     found = {one.kind: one for one in luthier.study(run, rows=6)}
-    assert set(found) == {"ntk", "drift", "clusters"}
+    assert set(found) == {"ntk", "drift", "clusters", "forgetting"}
     assert same(before, weights(run))
-    assert {path.name for path in (run / "study").iterdir()} == {"ntk.json", "drift.json", "clusters.json"}
+    assert {path.name for path in (run / "study").iterdir()} == {f"{kind}.json" for kind in found}
     told = json.loads((run / "study" / "drift.json").read_text())
     assert told["lines"] == list(found["drift"].lines)
     page = (run / "report.html").read_text()
     assert "Inside the model" in page and "How the features of 6 rows of test moved" in page
-    assert page.count('class="plot"') >= 3
+    assert page.count('class="plot"') >= 4
 
 
 def test_the_kernel_is_that_of_the_start_of_the_stage(run):
@@ -49,6 +51,142 @@ def test_drift_is_between_the_start_and_the_end(run):
     (found,) = luthier.study(run, kinds=["drift"], rows=6)
     moved = [layer["diff"] for layer in found.found["layers"]]
     assert len(moved) == 3 and all(np.isfinite(moved)) and min(moved) > 0
+
+
+def test_drift_is_told_for_each_stage_a_probe_moving_only_the_head(run):
+    (found,) = luthier.study(run, kinds=["drift"], rows=6)
+    probe, finetune = found.found["stages"]
+    assert [probe["stage"], finetune["stage"]] == ["probe", "finetune"]
+    assert all(layer["diff"] == 0 for layer in probe["layers"])
+    assert probe["head_norm_before"] == found.found["head_norm_before"] < probe["head_norm_after"]
+    assert finetune["head_norm_before"] == probe["head_norm_after"]
+    assert finetune["head_norm_after"] == found.found["head_norm_after"]
+    assert finetune["layers"] == found.found["layers"]
+    assert found.found["hidden"] == []
+    assert {"no feature moved", "the features as in finetune"} <= set(found.lines)
+
+
+TWO = [
+    {"name": name, "steps": 4, "lr": 1e-2, "batch_size": 8, "ingredients": ["adamw"]} for name in ("first", "second")
+]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["kept", "not kept"])
+def trained_twice(request, tiny_model, tmp_path_factory) -> tuple[bool, Path]:
+    """A run of two stages that train, and whether it kept what was between them."""
+    out = tmp_path_factory.mktemp("twice")
+    sentences().to_csv(out / "data.csv", index=False)
+    made = build({"name": "two", "max_length": 16, "stages": TWO}, inside="a test")
+    data = str(out / "data.csv")
+    luthier.fit(made, model=str(tiny_model), data=data, out=out / "run", keep_stages=request.param)
+    return request.param, out / "run"
+
+
+def test_between_stages_that_train_the_model_is_known_only_where_it_was_kept(trained_twice):
+    kept, folder = trained_twice
+    (found,) = luthier.study(folder, kinds=["drift"], rows=6)
+    stages = found.found["stages"]
+    if kept:
+        assert [one["stage"] for one in stages] == ["first", "second"]
+        assert all(layer["diff"] > 0 for one in stages for layer in one["layers"])
+        assert stages[0]["head_norm_after"] == stages[1]["head_norm_before"]
+        assert found.found["hidden"] == []
+    else:
+        assert [one["stage"] for one in stages] == ["first + second"]
+        assert stages[0]["layers"] == found.found["layers"]
+        told = " ".join(found.lines)
+        assert "The model before 'second' is not known: 'first' trains, and its end was not kept." in told
+        assert "luthier fit --keep-stages keeps it." in told
+    assert max(map(len, found.lines)) <= 80
+
+
+def test_the_kernel_after_a_stage_that_trains_is_seen_where_it_was_kept(trained_twice):
+    kept, folder = trained_twice
+    if not kept:
+        with pytest.raises(LuthierError, match="the start of 'second'  must be known: 'first' trains before it"):
+            luthier.study(folder, kinds=["ntk"], rows=6)
+        return
+    norms = [
+        luthier.study(folder, kinds=["ntk"], rows=6, stage=name)[0].found["head_norm"] for name in ("first", "second")
+    ]
+    told = luthier.study(folder, kinds=["drift"], rows=6)[0].found["stages"]
+    assert norms == pytest.approx([told[0]["head_norm_before"], told[0]["head_norm_after"]], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def shifted(tiny_model, tmp_path_factory) -> Path:
+    """A probe and fine-tuning, measured on a shifted test in the data's folder and on one that was named besides."""
+    out = tmp_path_factory.mktemp("shifted")
+    (out / "data").mkdir()
+    sentences(80).to_csv(out / "data" / "train.csv", index=False)
+    sentences(30, seed=3).to_csv(out / "data" / "test.csv", index=False)
+    sentences(40, seed=5).to_csv(out / "data" / "ood_far.csv", index=False)
+    sentences(20, seed=7).to_csv(out / "named.csv", index=False)
+    made = recipe(["adamw", "temperature"], probe=True, steps=12, lr=1e-2)
+    ood = {"named": str(out / "named.csv")}
+    luthier.fit(made, model=str(tiny_model), data=str(out / "data"), ood=ood, out=out / "run")
+    alone = dataclasses.replace(made, stages=made.stages[:1])
+    luthier.fit(alone, model=str(tiny_model), data=str(out / "data"), ood=ood, out=out / "probe")
+    return out
+
+
+def test_forgetting_is_from_the_end_of_the_probe_to_the_end_of_the_run(shifted):
+    """Before: what a run of the probe alone reports; after: what the run reports, both before calibration."""
+    (study,) = luthier.study(shifted / "run", kinds=["forgetting"], rows=2)
+    assert study.found["since"] == "finetune"
+    assert study.found["general"] == ["ood_far", "ood_named"]
+    before, after = (luthier.Report.load(shifted / name).splits for name in ("probe", "run"))
+    assert {one["split"] for one in study.found["splits"]} == {"validation", "test", "ood_far", "ood_named"}
+    for one in study.found["splits"]:
+        for when, scores in (("before", before[one["split"]]), ("after", after[one["split"]])):
+            assert one["rows"] == scores["n"]
+            assert one[f"accuracy_{when}"] == scores["accuracy"]
+            assert one[f"nll_{when}"] == pytest.approx(scores["nll"], rel=1e-6)
+    assert any(one["forgotten"] or one["learned"] for one in study.found["splits"])
+
+
+def test_a_shifted_test_that_was_named_is_the_general_one_when_asked_for_and_missed_when_it_has_gone(shifted):
+    (study,) = luthier.study(shifted / "run", kinds=["forgetting"], general="named")
+    assert study.found["general"] == ["ood_named"] and study.found["notes"] == []
+    first = study.found["splits"][0]
+    assert (first["split"], first["rows"]) == ("ood_named", 20)
+    assert first["accuracy_after"] == luthier.Report.load(shifted / "run").splits["ood_named"]["accuracy"]
+    moved = (shifted / "named.csv").rename(shifted / "elsewhere.csv")
+    try:
+        (study,) = luthier.study(shifted / "run", kinds=["forgetting"])
+        assert "The run was measured on named too: name it again with --ood NAME=PATH." in " ".join(study.lines)
+        (again,) = luthier.study(shifted / "run", kinds=["forgetting"], ood={"named": str(moved)}, general="named")
+        assert again.found["splits"][0] == first and again.found["notes"] == []
+    finally:
+        moved.rename(shifted / "named.csv")
+    with pytest.raises(LuthierError, match="must be a split that is held out; got nmed"):
+        luthier.study(shifted / "run", kinds=["forgetting"], general="nmed")
+
+
+def test_forgetting_since_an_earlier_stage_says_that_its_head_is_random(shifted):
+    (study,) = luthier.study(shifted / "run", kinds=["forgetting"], stage="probe")
+    assert study.found["since"] == "probe"
+    assert any("The head is a random one there" in line for line in study.lines)
+
+
+def test_forgetting_goes_back_to_the_last_start_that_is_known_and_says_so(trained_twice):
+    kept, folder = trained_twice
+    (study,) = luthier.study(folder, kinds=["forgetting"])
+    assert study.found["since"] == ("second" if kept else "first")
+    assert any("The model before 'second' is not known" in note for note in study.found["notes"]) is not kept
+    if not kept:
+        with pytest.raises(LuthierError, match="the start of 'second'  must be known"):
+            luthier.study(folder, kinds=["forgetting"], stage="second")
+
+
+def test_a_run_of_numbers_forgets_nothing_that_could_be_counted(tiny_model, tmp_path):
+    rows = sentences()
+    rows["label"] = [len(text.split()) + 0.5 for text in rows["text"]]
+    rows.to_csv(tmp_path / "data.csv", index=False)
+    luthier.fit(
+        recipe(["adamw"], steps=2), model=str(tiny_model), data=str(tmp_path / "data.csv"), out=tmp_path / "run"
+    )
+    assert [one.kind for one in luthier.study(tmp_path / "run", kinds=["drift", "forgetting"], rows=6)] == ["drift"]
 
 
 def test_a_model_before_a_run_has_a_kernel_and_clusters_and_no_drift(tiny_model, tmp_path):

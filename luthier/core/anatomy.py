@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -57,12 +57,14 @@ class Family:
     """Where the parts of a model are: module names, each standing for all that is inside it.
 
     Args:
-        blocks: the ModuleList or Sequential of blocks, such as ``encoder.layers``.
-        embeddings, bridge, head: modules, or single weights such as ``cls_token``; weights named nowhere are faults.
+        blocks: the ModuleList or Sequential of blocks, such as ``encoder.layers``; empty where Luthier finds the parts by itself, and the
+            others say what it should take otherwise.
+        embeddings, bridge, head: modules, or single weights such as ``cls_token``; weights named nowhere are faults when ``blocks`` is
+            given.
         shared: whether all blocks use one set of weights.
     """
 
-    blocks: str
+    blocks: str = ""
     embeddings: tuple[str, ...] = ()
     bridge: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
@@ -98,11 +100,14 @@ class Anatomy:
             ModelError: the parts cannot be told apart; says what was looked for and how to declare it.
         """
         outer, inner = (_WRAPPER, model.get_submodule(_WRAPPER[:-1])) if _wrapped(model) else ("", model)
-        if not outer and not family and hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children()):
+        declared = family is not None and bool(family.blocks)
+        if not (outer or declared) and hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children()):
             raise _not_found(inner, "", "some of its weights lie beside the wrapped model, such as a learned prompt")
         kind = str(getattr(getattr(inner, "config", None), "model_type", "") or "")
-        places = _declared(inner, family) if family else _structural(inner, kind)
-        return _read(inner, places, outer, "declared" if family else kind)
+        places = _declared(inner, family) if family and declared else _structural(inner, kind)
+        if family and not declared:
+            places = _amended(inner, places, family)
+        return _read(inner, places, outer, "declared" if declared else kind)
 
     @cached_property
     def _by_name(self) -> Mapping[str, Part]:
@@ -271,10 +276,9 @@ def _blocks(stack: nn.Module) -> dict[str, int]:
     return {name: number for number, name in enumerate(holding)}
 
 
-def _declared(model: nn.Module, family: Family) -> _Places:
-    modules = dict(model.named_modules())
-    weights = [name for name, _ in model.named_parameters()]
-    known = {*modules, *weights}
+def _named(model: nn.Module, family: Family) -> tuple[dict[str, Role], list[Fault]]:
+    """The role of each module and weight that ``family`` names, and what is wrong with the names."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     faults = []
     roles: dict[str, Role] = {}
     declared: tuple[tuple[Role, tuple[str, ...]], ...] = (
@@ -288,6 +292,24 @@ def _declared(model: nn.Module, family: Family) -> _Places:
                 faults.append(Fault(f"family.{role}", f"there is no module {name!r}", do=did_you_mean(name, known)))
             elif roles.setdefault(name, role) != role:
                 faults.append(Fault(f"family.{role}", f"{name!r} must be in one part", f"{roles[name]} and {role}"))
+    return roles, faults
+
+
+def _amended(model: nn.Module, places: _Places, family: Family) -> _Places:
+    """``places``, but for the modules and weights that ``family`` names."""
+    roles, faults = _named(model, family)
+    inside = f"{places.stack}."
+    faults += [Fault("family", f"{name!r} must stand outside the blocks") for name in roles if name.startswith(inside)]
+    if faults:
+        raise ModelError.of(faults, "family")
+    told = tuple(f"{name}." for name in roles)
+    kept = {name: role for name, role in places.role.items() if not f"{name}.".startswith(told)}
+    return replace(places, role={**kept, **roles}, shared=places.shared or family.shared)
+
+
+def _declared(model: nn.Module, family: Family) -> _Places:
+    modules = dict(model.named_modules())
+    roles, faults = _named(model, family)
     stack = modules.get(family.blocks)
     if stack is None:
         faults.append(
@@ -303,7 +325,7 @@ def _declared(model: nn.Module, family: Family) -> _Places:
     places = _Places(family.blocks, _blocks(stack), family.shared, roles, "head")
     faults = [
         Fault("family", f"no part holds the weight {name!r}", do="Add its module to embeddings, bridge or head.")
-        for name in weights
+        for name, _ in model.named_parameters()
         if _number(name, places) is None and _holder(name, roles) is None
     ]
     if faults:

@@ -40,6 +40,7 @@ class Place(StrEnum):
     TRIALS = "trial runs before the stage"
     OUT_DOMAIN = "out-domain rows"
     EARLIER = "what earlier stages trained"
+    GOES_ON = "what goes on after the stage"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ _CURE = {
     Place.VALIDATION: "Give validation rows, or drop it.",
     Place.OUT_DOMAIN: "Give --out-domain, or drop it.",
     Place.EARLIER: "Put it into the first stage, or drop it.",
+    Place.GOES_ON: "Let the stage carry the head only (carry: [head]), and put a stage after it.",
 }
 _THEIRS = {"needs": "need", "voids": "do not have"}  # what is around the stage claims no more than this
 

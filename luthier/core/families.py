@@ -8,8 +8,10 @@ FEEDS_ALL_BLOCKS = frozenset({
     "rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias",
 })  # fmt: skip
 
+POOLER = "pooler"  # a dense layer and an activation on one token, in every family that has one
+
 # Modules that some families (OPT, Nomic BERT, GTE) name before the blocks in the code, but run after them: they are the bridge.
-AFTER_ALL_BLOCKS = frozenset({"pooler", "final_layer_norm", "project_out"})
+AFTER_ALL_BLOCKS = frozenset({POOLER, "final_layer_norm", "project_out"})
 
 # (model_type, module inside the backbone) that belongs to the embeddings though its name is any norm's.
 EMBEDDINGS = {("deberta-v2", "encoder.LayerNorm"), ("deberta", "encoder.LayerNorm")}

@@ -35,7 +35,7 @@ def render(report: Report, studies: Sequence[Figure] = ()) -> str:
     Args:
         studies: pictures of studies of the run, each with what it says.
     """
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     splits = _splits(report)
     return template.render(
         report=report,
@@ -46,7 +46,7 @@ def render(report: Report, studies: Sequence[Figure] = ()) -> str:
         curves=_curves(report),
         movement=_movement(report),
         confusions=tables.confusions(report, splits),
-        reliability=_reliability(report, splits),
+        reliability=_reliability(report, splits) + _selective(report, splits),
         trust=tables.trust(report),
         trust_columns=tables.TRUST,
         scatter=_scatter(report),
@@ -71,15 +71,16 @@ def _studies(folder: Path) -> list[Figure]:
     return [Figure(one["svg"], one["title"] + "\n\n" + "\n".join(one["lines"])) for one in told]
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of this folder, escaped, with the house's filters."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=count, size=size, duration=duration, clipped=_clipped, split=words.split_title)
-    return environment
+    made.filters.update(count=count, size=size, duration=duration, clipped=_clipped, split=words.split_title)
+    return made
 
 
 def _clipped(text: Any, most: int = TEXT_LETTERS) -> str:
@@ -150,4 +151,30 @@ def _reliability(report: Report, splits: list[str]) -> list[Figure]:
             told = f"{where}, {how}: ECE {ece}"
             svg = plots.reliability(bins[when], label=told, name=f"reliability-{at}-{when}")
             found.append(Figure(svg, told))
+    return found
+
+
+def _selective(report: Report, splits: list[str]) -> list[Figure]:
+    found = []
+    for at, split in enumerate(splits):
+        curves, areas = report.selective.get(split, {}), report.trust.get(split, {})
+        if not curves.get("before"):
+            continue
+        changed = bool(curves.get("after")) and curves["after"] != curves["before"]
+        how = f"after {words.calibration_name(report)}"
+        told = f"{words.split_title(split)}: how often it is wrong if only its surest rows are answered"
+        if areas.get("before"):
+            told += f"; the mean over all shares (AURC) is {words.shown('aurc', areas['before'].get('aurc'))}"
+            if changed and areas.get("after"):
+                told += f", {words.shown('aurc', areas['after'].get('aurc'))} {how}"
+        if curves.get("after") and not changed:
+            told += "; calibration leaves the order of the rows as it is"
+        svg = plots.selective(
+            curves["before"],
+            curves["after"] if changed else [],
+            how=how,
+            label=words.split_title(split),
+            name=f"selective-{at}",
+        )
+        found.append(Figure(svg, told + "."))
     return found

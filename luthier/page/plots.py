@@ -87,6 +87,38 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, label: str, name: str) -> 
     return draw(paint, name=name, label=f"Reliability diagram, {label}", height=4.4)
 
 
+def selective(
+    before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], *, how: str, label: str, name: str
+) -> str:
+    """The share of wrong rows among the surest against how many are answered, beside no order and the best one.
+
+    Args:
+        before, after: [coverage, risk] with coverage rising to 1; ``after`` may be empty.
+        how: what stands between the two.
+    """
+    wrong = before[-1][1]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.axhline(wrong, color=SOFT, linestyle=":", linewidth=1.4, label=f"all rows: {wrong:.3f}")
+        share = np.linspace(0.005, 1, 200)
+        axes.plot(
+            share, np.maximum(0, 1 - (1 - wrong) / share), "-.", color=SOFT, linewidth=1.2, label="the best order"
+        )
+        axes.plot(*zip(*before, strict=True), "-", color=DARK, linewidth=2, label="this model", clip_on=False)
+        if after:
+            axes.plot(*zip(*after, strict=True), "--", color=AMBER, linewidth=2, label=how, clip_on=False)
+        axes.plot([1], [wrong], "o", color=DARK, markersize=6, clip_on=False)
+        most = max(risk for _, risk in [*before, *after])
+        axes.set(xlim=(0, 1), ylim=(0, 1.05 * most or 0.1))
+        axes.set(xlabel="coverage (share of the rows answered, surest first)", ylabel="risk (share of these wrong)")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+
+    return draw(
+        paint, name=name, label=f"Risk against coverage, {label}; {wrong:.3f} where all are answered", height=4.4
+    )
+
+
 def scatter(points: Sequence[Sequence[float]], *, name: str = "scatter") -> str:
     """True against predicted values, with the line on which they agree."""
 

@@ -15,6 +15,8 @@ from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import LuthierError
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+RandomStream = Literal["head", "order", "dropout", "split"]
 
 
 @ingredient
@@ -56,13 +58,18 @@ class Recipe:
     Args:
         name: how reports call it.
         stages: at least one.
-        seed: every random stream of the run is derived from it.
+        seed: every random stream of the run is derived from it, but for the split of the data.
+        seeds: seeds of single streams that go before it: ``head`` (its start), ``order`` (of the rows), ``dropout``, and ``split`` (which
+            rows are validation and test when the data does not say; 0 without, so that runs of other seeds have the same rows).
         task: ``auto`` decides from the labels.
         metric: the number the report leads with; None = the task's own (accuracy, or root mean squared error).
         max_length: tokens kept of each text; None = what the model allows, at most 512.
         precision: of the forward and backward pass; weights and optimizer state stay in single precision.
         compile: whether ``torch.compile`` is used.
         family: where the parts of a model are, for families that Luthier does not know.
+        head: ``own`` is the model's own, as it was loaded or drawn; ``mlp`` is dense, activation, linear, both layers drawn anew from the
+            seed's stream ``head`` and both of them the head for every selector: the model's own head where it has two layers (RoBERTa),
+            else its pooler's dense layer and the last linear one (BERT). Models with neither (Llama) are refused.
         data: where the training data is (``in``), and rows of another domain (``out``), when the recipe is for one data set; what the
             caller names goes before it.
     """
@@ -70,19 +77,25 @@ class Recipe:
     name: str
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     description: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
+    seeds: dict[RandomStream, Seed] | None = None
     task: Literal["auto", "classification", "regression"] = "auto"
     metric: str | None = None
     max_length: Annotated[int, Field(ge=4)] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     family: Family | None = None
+    head: Literal["own", "mlp"] = "own"
     data: dict[Literal["in", "out"], str] | None = None
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError("stages must have names of their own")
+
+    def seed_of(self, which: RandomStream) -> int:
+        """The seed of one random stream."""
+        return (self.seeds or {}).get(which, 0 if which == "split" else self.seed)
 
     def source(self, which: Literal["in", "out"], given: Any) -> Any:
         """What the caller names, else what the recipe does.

@@ -37,6 +37,7 @@ INGREDIENTS: dict[str, str] = {
     "neftune": "luthier.ingredients.surgery.neftune:NEFTune",
     "noisy_tune": "luthier.ingredients.surgery.noisy_tune:NoisyTune",
     "out_domain": "luthier.ingredients.data.out_domain:OutDomain",
+    "prefix": "luthier.ingredients.modules.prefix:Prefix",
     "prior_decay": "luthier.ingredients.optimizers.prior_decay:PriorDecay",
     "r_drop": "luthier.ingredients.losses.r_drop:RDrop",
     "rec_adam": "luthier.ingredients.losses.rec_adam:RecAdam",

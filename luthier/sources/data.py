@@ -84,7 +84,8 @@ def read(
 
     Args:
         source: a csv, tsv, jsonl, json or parquet file (each also .gz); a folder of those named train, validation,
-            test, ood_NAME; a pandas DataFrame; a datasets.Dataset or DatasetDict; a dict of these by split; a hub id.
+            test, ood_NAME; a pandas DataFrame; a datasets.Dataset or DatasetDict; a dict of these by split; a hub id;
+            ``demo``, the demo's text (a folder of that name is ``./demo``).
         text, text_pair, label: column names; None infers them.
         seed: of the draw when one file is split 80/10/10, or validation is taken from train.
         ood: more shifted tests, name -> any single source.

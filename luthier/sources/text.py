@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,15 @@ class Encoded:
     lengths: tuple[int, ...]
     truncated: int
     targets: npt.NDArray[Any] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over tokens, types and targets."""
+        told = hashlib.sha256(repr(self.lengths).encode())
+        for rows in (self.input_ids, self.type_ids or ()):
+            told.update(np.concatenate([*rows, np.array([-1], dtype=np.int32)]).tobytes())
+        told.update(b"" if self.targets is None else self.targets.tobytes())
+        return told.hexdigest()
 
     def __len__(self) -> int:
         return len(self.input_ids)

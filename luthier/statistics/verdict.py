@@ -143,6 +143,8 @@ def sentence(verdict: Verdict, *, unit: Unit = POINTS) -> str:
         return f"{seeds} seeds separate {apart}, but {rows} not ({saw}): {_wanted(verdict)}"
     least = _number(unit.factor * verdict.visible, unit.digits) + _name(unit)
     sight = f"{seeds} see differences only from about {least} on"
+    if unit == POINTS and verdict.visible > 1:  # more than all
+        sight = f"{seeds} see no difference that there can be"
     return f"{seeds} seeds cannot separate {apart} ({saw}): {_wanted(verdict)}, while {sight}"
 
 

@@ -100,12 +100,20 @@ class Drift:
 
     def lines(self) -> list[str]:
         """The study as text of at most 80 columns."""
-        told = [
+        return [
             f"Features of {self.rows} rows, before and after."
             + (f" Outside: {self.rows_outside} rows." if self.rows_outside else ""),
             f"Norm of the head: {self.head_norm_before:.4g} -> {self.head_norm_after:.4g}.",
             "",
-            f"{'':9}{'moved':>9}{'share':>7}{'in/out':>8}{'self':>7}{'CKA':>7}{'pairs':>7}{'->':>7}{'FDR':>9}{'->':>9}",
+            *self.table(),
+            "",
+            *self.legend(),
+        ]
+
+    def table(self) -> list[str]:
+        """A line a layer, under the names of the columns."""
+        told = [
+            f"{'':9}{'moved':>9}{'share':>7}{'in/out':>8}{'self':>7}{'CKA':>7}{'pairs':>7}{'->':>7}{'FDR':>9}{'->':>9}"
         ]
         for one in self.layers:
             wide = [
@@ -117,9 +125,11 @@ class Drift:
             ]
             wide += [number(one.cosine_pairs_before, 7), number(one.cosine_pairs_after, 7)]
             told.append(f"{one.name:9}" + "".join(wide) + number(one.fdr_before, 9) + number(one.fdr_after, 9))
+        return told
+
+    def legend(self) -> list[str]:
+        """What the columns of the table are."""
         return [
-            *told,
-            "",
             "moved: mean L2 distance; share: of the mean norm before; in/out: against the",
             "rows outside; self: cosine of a row with itself; pairs: of different rows;",
             f"FDR: classes apart against classes wide, ridge {self.ridge:g}; not across row counts.",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import luthier
-from luthier import stages, trials
+from luthier import rates, stages
 from luthier.errors import ConflictError, RunError
 from luthier.ingredients.settings.discriminative import Discriminative
 from luthier.job import prepare
@@ -28,9 +28,9 @@ def searched(tiny_model, **stage):
 
 
 def choose(job, plan):
-    tries = trials.asked(plan)
+    tries = rates.asked(plan)
     assert tries is not None
-    return trials.choose(job, plan, tries, Placement(), Silent(), lambda: False)
+    return rates.choose(job, plan, tries, Placement(), Silent(), lambda: False)
 
 
 def test_the_best_rate_on_validation_is_taken_and_the_weights_are_as_they_were(tiny_model):

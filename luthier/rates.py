@@ -1,4 +1,4 @@
-"""Trial runs before a stage: the learning rate that a stage asks for is chosen by validation."""
+"""Trial stages before a stage: the learning rate that a stage asks for is chosen by validation."""
 
 from __future__ import annotations
 

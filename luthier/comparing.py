@@ -1,0 +1,256 @@
+"""compare: which recipe wins on one's own data. A driver above the engine; nothing in a stage knows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.call import Call
+from luthier.comparison import Comparison
+from luthier.core.scores import HIGHER_IS_BETTER
+from luthier.errors import Fault, LuthierError, did_you_mean
+from luthier.job import Columns, Job, fits, prepare
+from luthier.jsonfile import unwritable
+from luthier.narrate import Narrator, Silent
+from luthier.recipe import text as recipe_text
+from luthier.recipe.recipe import Recipe
+from luthier.stock import Stock
+from luthier.trials import design as designs
+from luthier.trials import workers as places
+from luthier.trials.design import Asked, Design, spread
+from luthier.trials.desk import Desk
+from luthier.trials.gather import gather
+from luthier.trials.sources import stored
+from luthier.trials.watch import Watch
+
+Recipes = Sequence[str | Path | Recipe] | Mapping[str, str | Path | Recipe]
+
+
+def compare(
+    recipes: Recipes,
+    *,
+    model: Any,
+    data: Any = None,
+    out: str | Path,
+    seeds: int | Sequence[int] = 5,
+    vary: Sequence[str] = (),
+    metric: str | None = None,
+    against: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    ood: Mapping[str, Any] | None = None,
+    out_domain: Any = None,
+    label_map: Mapping[str, Mapping[str, str]] | None = None,
+    sets: Sequence[str] = (),
+    workers: int = 1,
+    narrator: Narrator | None = None,
+) -> Comparison:
+    """Runs every recipe with every seed, and says what the differences are worth.
+
+    The folder is the truth: runs that are done are not made again, a comparison that was stopped goes on when it is called again, and a
+    second call with more recipes or seeds adds them.
+
+    Args:
+        recipes: shipped names, files or Recipes; ``NAME=RECIPE`` or a dict gives them other names.
+        model, data: as ``fit`` takes them; a list means each with each. What lies in memory is written into ``out``.
+        out: the folder of the comparison.
+        seeds: how many, or which.
+        vary: streams (head, order, dropout) that get the seeds each by itself, a full grid; empty varies all together.
+        metric: what is compared; None = the task's own.
+        against: the one recipe that all others are compared with; None compares all pairs, which needs more seeds.
+        text, text_pair, label, task, ood, out_domain, label_map: as ``fit`` takes them.
+        sets: changes to all recipes (``max_length=128``), or to one (``ft:stages.finetune.epochs=10``).
+        workers: processes; 1 is this one. With more each has its share of the cores, which moves last bits.
+        narrator: who says what happens.
+    Returns:
+        the comparison; also saved in ``out`` as comparison.json and compare.html.
+    Raises:
+        LuthierError: something is wrong with a recipe, the data or the model, before the first run; or no run has ended well.
+    """
+    say = narrator or Silent()
+    desk = Desk(Path(out))
+    _refuse(desk.path)
+    known = _recipes(recipes, [*sets, *([f"task={task}"] if task else [])])
+    _named(known, metric, against)
+    numbers = spread(seeds, vary)
+    calls = [
+        Call.of(
+            model=stored(one, desk.path / _numbered("model", at)),
+            data=stored(rows, desk.path / _numbered("data", number)),
+            text=text,
+            text_pair=text_pair,
+            label=label,
+            ood={name: stored(each, desk.path / f"ood_{name}") for name, each in (ood or {}).items()},
+            out_domain=stored(out_domain, desk.path / "out_domain"),
+            label_map=label_map,
+        )
+        for at, one in enumerate(_several(model))
+        for number, rows in enumerate(_several(data))
+    ]
+    plain = {name: {**recipe.to_dict(), "seed": 0, "seeds": None} for name, recipe in known.items()}
+    asked = Design(plain, _settings(calls), numbers, metric, against)
+    if (desk.path / designs.NAME).is_file():
+        asked = asked.grown(Design.load(desk.path))
+    _check(asked, say)
+    asked.save(desk.path)
+    for trial in asked.trials():
+        desk.forgive(trial)
+    return finish(desk, asked, say, workers)
+
+
+def finish(desk: Desk, design: Design, say: Narrator, workers: int) -> Comparison:
+    """Does what is left of a comparison, and tells it."""
+    watch = Watch(desk, design, workers=max(1, workers))
+    there = len(list(watch.news()))
+    if there:
+        say.line(f"{there} of {len(design.trials())} runs are done already")
+    if there < len(design.trials()):
+        places.here(watch, say) if workers == 1 else places.beside(watch, say, workers)
+    return tell(desk.path, design)
+
+
+def tell(folder: str | Path, design: Design | None = None) -> Comparison:
+    """What the runs in ``folder`` say, as they are now; writes comparison.json and compare.html there."""
+    found = gather(folder, design)
+    found.save(folder)
+    from luthier.page import compared
+
+    compared.save(found, folder)
+    return found
+
+
+def _refuse(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise LuthierError(f"{path} is a file.  Choose another --out.")
+    if why := unwritable(path):
+        raise LuthierError(f"{path} cannot be made: {why}.  Choose another --out.")
+    if path.is_dir() and any(path.iterdir()) and not (path / designs.NAME).is_file():
+        raise LuthierError(f"{path} is not empty and holds no comparison.  Choose another --out; nothing was touched.")
+
+
+def _recipes(given: Recipes, sets: Sequence[str]) -> dict[str, Recipe]:
+    """Recipes by name, with their changes; every fault of every recipe at once."""
+    named: list[tuple[str, str | Path | Recipe]] = []
+    if isinstance(given, Mapping):
+        named = list(given.items())
+    else:
+        for one in given:
+            if isinstance(one, Recipe):
+                named.append((one.name, one))
+                continue
+            told, equals, meant = str(one).partition("=")
+            named.append((told, meant) if equals else (Path(one).stem, one))
+    names = [name for name, _ in named]
+    faults = [
+        Fault(name, "must be named once", "two of that name", "Write one as NAME=RECIPE.")
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    faults += [
+        Fault(name or "the name", "must be a folder's name", do="Letters, digits, . _ - +")
+        for name in dict.fromkeys(names)
+        if not name or not all(letter.isalnum() or letter in "._-+" for letter in name) or name.startswith(".")
+    ]
+    if not named:
+        faults.append(Fault("--recipe", "must name a recipe"))
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for change in sets:
+        name, colon, rest = change.partition(":")
+        if colon and "=" not in name:
+            if name not in own:
+                faults.append(
+                    Fault(f"--set {change}", "must begin with a recipe's name", name, did_you_mean(name, own))
+                )
+            else:
+                own[name].append(rest)
+        else:
+            for every in own.values():
+                every.append(change)
+    made = {}
+    for name, spec in named:
+        try:
+            made[name] = dataclasses.replace(recipe_text.read(spec, sets=own[name]), name=name)
+        except LuthierError as error:
+            faults += _inside(name, error)
+    if faults:
+        raise LuthierError.of(faults, "the recipes")
+    return made
+
+
+def _inside(name: str, error: LuthierError) -> list[Fault]:
+    """The faults of ``error``, each under ``name``."""
+    if not error.faults:
+        return [Fault(name, str(error))]
+    return [dataclasses.replace(fault, where=f"{name}: {fault.where}".rstrip(": ")) for fault in error.faults]
+
+
+def _named(recipes: Mapping[str, Recipe], metric: str | None, against: str | None) -> None:
+    faults = []
+    if metric is not None and metric not in HIGHER_IS_BETTER:
+        faults.append(
+            Fault(
+                "--metric", f"must be of {', '.join(HIGHER_IS_BETTER)}", metric, did_you_mean(metric, HIGHER_IS_BETTER)
+            )
+        )
+    if against is not None and against not in recipes:
+        faults.append(Fault("--against", f"must be of {', '.join(recipes)}", against, did_you_mean(against, recipes)))
+    if faults:
+        raise LuthierError.of(faults, "the comparison")
+
+
+def _several(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list) else [given]
+
+
+def _numbered(name: str, at: int) -> str:
+    return name if at == 0 else f"{name}-{at + 1}"
+
+
+def _settings(calls: Sequence[Call]) -> tuple[Asked, ...]:
+    """Each call by a short name of its own: that of its data, with that of its model where there are several."""
+    models = {call.model for call in calls}
+    made: dict[str, Asked] = {}
+    for call in calls:
+        rows = Path(call.data or "data").name.split(".")[0]
+        name = f"{rows}-{Path(call.model or 'model').name}" if len(models) > 1 else rows
+        name = "".join(letter if letter.isalnum() or letter in "._-+" else "-" for letter in name).lstrip(".") or "data"
+        at, free = 0, name
+        while free in made:
+            at += 1
+            free = _numbered(name, at)
+        made[free] = Asked(free, call)
+    return tuple(made.values())
+
+
+def _check(design: Design, say: Narrator) -> None:
+    """Everything that can be found wrong is found before the first run: each recipe is planned in each setting."""
+    faults: list[Fault] = []
+    stock = Stock()
+    for asked in design.settings:
+        jobs: dict[str, Job] = {}  # by what of a recipe decides how the data and the model are read
+        for name in design.recipes:
+            recipe = design.recipe(design.trial(asked.name, name, design.seeds[0]))
+            kind = json.dumps([recipe.task, recipe.max_length, recipe.head])
+            try:
+                if kind in jobs:
+                    fits(recipe, jobs[kind])
+                else:
+                    jobs[kind] = _job(recipe, asked.call, say if not jobs else Silent(), stock)
+            except LuthierError as error:
+                if not jobs:
+                    raise  # the data or the model: no recipe can do with it
+                faults += _inside(name if len(design.settings) == 1 else f"{asked.name}: {name}", error)
+    if faults:
+        raise LuthierError.of(faults, "the recipes for this model and data")
+
+
+def _job(recipe: Recipe, call: Call, say: Narrator, stock: Stock) -> Job:
+    told = call.arguments()
+    columns = Columns(told.pop("text"), told.pop("text_pair"), told.pop("label"))
+    rows, other = recipe.source("in", told.pop("data")), recipe.source("out", told.pop("out_domain"))
+    return prepare(recipe, data_source=rows, out_domain=other, columns=columns, narrator=say, stock=stock, **told)

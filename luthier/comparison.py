@@ -1,0 +1,231 @@
+"""What a comparison found: runs, differences, cost. A frozen value that is saved as comparison.json and read back.
+
+Light on purpose, as ``report`` is: reading one loads neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import Fault, LuthierError
+from luthier.jsonfile import plain, read_as, write_whole
+
+SCHEMA = 1  # of comparison.json; a field more is a new number
+WIDTH = 80  # columns of summary()
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One run of a comparison.
+
+    Args:
+        name: of its folder in ``runs/``.
+        setting: data and model, as ``Setting.name``.
+        seeds: ``{"seed": 3}``, or the streams that vary: ``{"head": 0, "order": 2}``.
+        state: done, failed (it ended with an error), stopped (early, as a bad one), or open (not run yet, or under way).
+        scores: by split (validation, test, ood_NAME), by metric.
+        calibrated: the same after calibration; empty where there is none.
+        seconds: of training, what was shared counted in full.
+        peak_bytes: the most memory that a stage took.
+        trainable: the most weights that learn in one stage.
+        why: of a run that failed.
+    """
+
+    name: str
+    setting: str
+    recipe: str
+    seeds: dict[str, int]
+    state: str
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibrated: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    trainable: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set and model.
+
+    Args:
+        name: as in folders; sizes: rows by split.
+        splits: those with scores, in the order of a table.
+        shown: the split that is looked at first.
+        majority: by split, the share of the most frequent class; empty for regression.
+        chosen_on: the split by which some recipe chose weights or rates; its scores are optimistic.
+    """
+
+    name: str
+    data: str
+    model: str
+    sizes: dict[str, int]
+    splits: tuple[str, ...]
+    shown: str
+    majority: dict[str, float]
+    chosen_on: str = ""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A recipe's scores of the metric on one split over its seeds.
+
+    Args:
+        sd: of one run (divisor n - 1); None with one seed.
+        failed: names of runs at or under the majority class, or that ended with an error.
+        sentence: about those; empty where there are none.
+    """
+
+    setting: str
+    recipe: str
+    split: str
+    seeds: int
+    mean: float
+    sd: float | None
+    worst: float
+    best: float
+    failed: tuple[str, ...] = ()
+    sentence: str = ""
+
+
+@dataclass(frozen=True)
+class Versus:
+    """One recipe minus another on one split, paired by seed and test row; larger is better for the first.
+
+    Args:
+        value, low, high: the difference seen and its interval, in the metric's own unit (0.02 is two points of accuracy).
+        by_seed: the difference of each seed.
+        p: of ``test``; corrected: by Holm over ``comparisons``.
+        claimed: whether corrected < alpha and 0 lies outside the interval.
+        visible: the smallest true difference that would be claimed with chance 0.8; None where none would.
+        needed: seeds that would claim the difference seen with chance 0.8; None where no number would.
+        sentence: the outcome in plain words.
+    """
+
+    setting: str
+    split: str
+    one: str
+    other: str
+    value: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]
+    p: float
+    corrected: float
+    comparisons: int
+    test: str
+    claimed: bool
+    visible: float | None
+    needed: int | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is told about a comparison.
+
+    Args:
+        outcome: plain sentences, what can be claimed first.
+        metric: what is compared; higher: whether more of it is better.
+        unit: how a difference is told: name (``points``), factor (100), digits (1).
+        recipes: in the order given.
+        best_of: by setting, by recipe: [{"n", "expected", "standard_deviation"}], E[best of n runs] on validation.
+        reliability: by setting, by recipe, ``{"before": bins, "after": bins}`` on the shown split, all seeds together.
+        variance: by setting, by recipe, where the spread comes from when streams vary apart; else empty.
+        chosen: by recipe, how its settings were searched for: tried, space, values, validation; else empty.
+        early: how bad runs were stopped early: started, share, kept, cost and saving in steps; else empty.
+        notes: what else to know; failed runs are named here.
+        asked: the design, as design.json has it.
+    """
+
+    metric: str
+    higher: bool
+    unit: dict[str, Any]
+    recipes: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    trials: tuple[TrialRow, ...]
+    levels: tuple[Level, ...]
+    versus: tuple[Versus, ...]
+    outcome: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    best_of: dict[str, Any] = field(default_factory=dict)
+    reliability: dict[str, Any] = field(default_factory=dict)
+    variance: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
+    early: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes comparison.json into ``folder``, whole or not at all."""
+        path = Path(folder) / "comparison.json"
+        told = plain({"schema": SCHEMA, **asdict(self)})
+        write_whole(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, place: str | Path) -> Comparison:
+        """The comparison in a folder, or in a file.
+
+        Raises:
+            LuthierError: there is none, or it cannot be read as a comparison of this version.
+        """
+        path = Path(place)
+        path = path / "comparison.json" if path.is_dir() else path
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            do = "luthier compare writes it."
+            raise LuthierError.of([Fault(str(path), "must be there", "", do)], "the comparison") from None
+        except (OSError, ValueError) as error:
+            raise LuthierError.of([Fault(str(path), "must be JSON", str(error))], "the comparison") from None
+        if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+            got = f"schema {told.get('schema')!r}" if isinstance(told, dict) else type(told).__name__
+            raise LuthierError.of([Fault(str(path), f"must have schema {SCHEMA}", got)], "the comparison")
+        return read_as(cls, {name: value for name, value in told.items() if name != "schema"}, inside=str(path))
+
+    def summary(self) -> str:
+        """The outcome and a table a setting, as text of at most 80 columns."""
+        return "\n".join(_lines(self))
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def _lines(found: Comparison) -> list[str]:
+    lines = [line for sentence in found.outcome for line in _wrapped(sentence, "  ")]
+    for setting in found.settings:
+        rows = {(level.recipe, level.split): level for level in found.levels if level.setting == setting.name}
+        splits = [split for split in setting.splits if any((name, split) in rows for name in found.recipes)]
+        lines += ["", f"{found.metric} on {setting.name}: mean over seeds (standard deviation)"]
+        shown = splits[:4]
+        marks = {setting.chosen_on: "*"}
+        lines.append(f"  {'':<18}" + "".join(f"{split[:11] + marks.get(split, ''):>14}" for split in shown))
+        for recipe in found.recipes:
+            cells = "".join(f"{_cell(rows.get((recipe, split)), found.unit):>14}" for split in shown)
+            lines.append(f"  {recipe[:18]:<18}{cells}")
+        if setting.chosen_on in shown:
+            lines.append(f"  * weights or rates were chosen on {setting.chosen_on}: its scores are optimistic")
+        if len(splits) > len(shown):
+            lines.append(f"  and {', '.join(splits[len(shown) :])}: see the page")
+    for note in found.notes:
+        lines += _wrapped(f"to know: {note}", "  ")
+    if found.path:
+        lines.append(f"page: {Path(found.path) / 'compare.html'}")
+    return lines
+
+
+def _cell(level: Level | None, unit: dict[str, Any]) -> str:
+    if level is None:
+        return "-"
+    factor, digits = unit["factor"], unit["digits"]
+    sd = "" if level.sd is None else f" ({factor * level.sd:.{digits}f})"
+    return f"{factor * level.mean:.{digits}f}{sd}"
+
+
+def _wrapped(text: str, further: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=further)

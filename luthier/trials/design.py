@@ -1,0 +1,180 @@
+"""What is compared: recipes x seeds x settings, as a frozen value in design.json. Nothing here knows whether a run was made yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from luthier.call import Call
+from luthier.errors import Fault, LuthierError
+from luthier.jsonfile import read_as, write_whole
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.text import build
+
+NAME = "design.json"
+SCHEMA = 1
+VARIED = ("head", "order", "dropout")  # streams that can be varied apart
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One setting: a model and data, by the name that folders and tables have for it."""
+
+    name: str
+    call: Call
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison.
+
+    Args:
+        setting, recipe: names.
+        seeds: ``{"seed": 3}``, or the streams that vary apart, such as ``{"head": 0, "order": 2}``.
+        name: of its folder.
+    """
+
+    setting: str
+    recipe: str
+    seeds: tuple[tuple[str, int], ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Design:
+    """Everything that a comparison's runs follow from.
+
+    Args:
+        recipes: by name, every default filled in.
+        settings: at least one.
+        seeds: of every recipe in every setting.
+        metric: what is compared; None = the task's own.
+        against: the recipe that the others are compared with; None compares all with all.
+        more: what a search or an early stop adds; see their files.
+    """
+
+    recipes: dict[str, Any]
+    settings: tuple[Asked, ...]
+    seeds: tuple[dict[str, int], ...]
+    metric: str | None = None
+    against: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def trials(self) -> tuple[Trial, ...]:
+        """All runs, seed by seed, so that a comparison that was stopped has seen every recipe about equally often."""
+        return tuple(
+            self.trial(asked.name, recipe, seeds)
+            for seeds, asked, recipe in product(self.seeds, self.settings, self.recipes)
+        )
+
+    def trial(self, setting: str, recipe: str, seeds: Mapping[str, int]) -> Trial:
+        """The run of ``recipe`` in ``setting`` with ``seeds``."""
+        which = "-".join(f"{stream}{number}" for stream, number in seeds.items())
+        inside = f"{setting}/" if len(self.settings) > 1 else ""
+        return Trial(setting, recipe, tuple(seeds.items()), f"{inside}{recipe}-{which}")
+
+    def recipe(self, trial: Trial) -> Recipe:
+        """The recipe of ``trial``, with its seeds."""
+        return build({**self.recipes[trial.recipe], **seeded(trial.seeds)}, inside=trial.recipe)
+
+    def call(self, trial: Trial) -> Call:
+        """The model and data of ``trial``."""
+        return next(asked.call for asked in self.settings if asked.name == trial.setting)
+
+    def save(self, folder: Path) -> None:
+        """Writes design.json into ``folder``, whole or not at all."""
+        write_whole(folder / NAME, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Design:
+        """The design of the comparison in ``folder``.
+
+        Raises:
+            LuthierError: there is none, or it cannot be read.
+        """
+        file = folder / NAME
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            fault = Fault(str(file), "must be there", do="Give the folder of a comparison.")
+            raise LuthierError.of([fault], "the comparison") from None
+        except (OSError, ValueError) as error:
+            raise LuthierError.of([Fault(str(file), "must be JSON", str(error))], "the comparison") from None
+        if not isinstance(told, dict) or told.pop("schema", None) != SCHEMA:
+            raise LuthierError.of([Fault(str(file), f"must have schema {SCHEMA}")], "the comparison")
+        return read_as(cls, told, inside=str(file))
+
+    def grown(self, before: Design) -> Design:
+        """This design with the recipes and seeds that ``before`` has beyond it, so that no run that was made is lost.
+
+        Raises:
+            LuthierError: a recipe of the same name means another run, or model and data are others; every one is named.
+        """
+        faults = [
+            Fault(
+                name, "must be the recipe it was when this comparison began", do="Give it another name, as NAME=RECIPE."
+            )
+            for name, plain in self.recipes.items()
+            if name in before.recipes and before.recipes[name] != plain
+        ]
+        faults += [
+            Fault(
+                what,
+                "must be what it was when this comparison began",
+                _told(now),
+                f"It was {_told(then)}; choose another --out.",
+            )
+            for what, now, then in (
+                ("data and model", self.settings, before.settings),
+                ("search", self.more, before.more),
+            )
+            if now != then
+        ]
+        if set(map(frozenset, self.seeds)) != set(map(frozenset, before.seeds)):  # the streams that vary
+            faults.append(Fault("--vary", "must be what it was when this comparison began", do="Choose another --out."))
+        if faults:
+            raise LuthierError.of(faults, "the comparison that is there")
+        seeds = [*before.seeds, *(one for one in self.seeds if one not in before.seeds)]
+        return replace(self, recipes={**before.recipes, **self.recipes}, seeds=tuple(seeds))
+
+
+def seeded(seeds: Sequence[tuple[str, int]] | Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a recipe that ``seeds`` set.
+
+    >>> seeded({"seed": 3}), seeded({"head": 0, "order": 1})
+    ({'seed': 3}, {'seed': 0, 'seeds': {'head': 0, 'order': 1}})
+    """
+    told = dict(seeds)
+    return {"seed": told["seed"]} if "seed" in told else {"seed": 0, "seeds": told}
+
+
+def spread(seeds: int | Sequence[int], vary: Sequence[str]) -> tuple[dict[str, int], ...]:
+    """The seeds of a comparison: one number for everything, or a full grid over the streams in ``vary``.
+
+    >>> spread(2, ()), spread([0, 5], ["head", "order"])[:3]
+    (({'seed': 0}, {'seed': 1}), ({'head': 0, 'order': 0}, {'head': 0, 'order': 5}, {'head': 5, 'order': 0}))
+
+    Raises:
+        LuthierError: no seeds, one twice, or a stream that is none.
+    """
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    faults = [Fault("--vary", f"must be of {', '.join(VARIED)}", name) for name in vary if name not in VARIED]
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        faults.append(Fault("--seeds", "must be a number of seeds, or different seeds from 0 on", str(seeds)))
+    if len(set(vary)) < len(vary):
+        faults.append(Fault("--vary", "must name each stream once", ", ".join(vary)))
+    if faults:
+        raise LuthierError.of(faults, "the seeds")
+    if not vary:
+        return tuple({"seed": number} for number in numbers)
+    return tuple(dict(zip(vary, cell, strict=True)) for cell in product(numbers, repeat=len(vary)))
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(one.name for one in value)
+    return json.dumps(value) if value else "nothing"

@@ -1,0 +1,128 @@
+"""The folder of a comparison: where each run stands, and who may do it. Any number of processes may share it.
+
+``design.json``; ``runs/NAME``, run folders; ``locks/NAME.lock``, held while a run is under way, by the kernel, so that a process that
+dies lets go; ``failures/NAME.json``; ``shared/``, what runs have in common; ``comparison.json`` and ``compare.html``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from luthier.jsonfile import write_whole
+from luthier.trials.design import Trial
+
+State = Literal["done", "failed", "running", "open"]
+MOST_STARTS = 3  # of a run whose process was killed each time
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The folder of a comparison."""
+
+    path: Path
+
+    def run(self, trial: Trial) -> Path:
+        """The run folder of ``trial``."""
+        return self.path / "runs" / trial.name
+
+    @property
+    def shared(self) -> Path:
+        return self.path / "shared"
+
+    def done(self, trial: Trial) -> bool:
+        """Whether the run has ended well."""
+        return (self.run(trial) / "report.json").is_file()
+
+    def failure(self, trial: Trial) -> str | None:
+        """Why the run ended with an error; None when it did not."""
+        file = self.path / "failures" / f"{trial.name}.json"
+        try:
+            return str(json.loads(file.read_text(encoding="utf-8"))["why"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def state(self, trial: Trial) -> State:
+        """Where the run stands, for whoever looks on; only ``claimed`` may decide by it."""
+        if self.done(trial):
+            return "done"
+        if self.failure(trial) is not None:
+            return "failed"
+        return "running" if self._held(trial) else "open"
+
+    def fail(self, trial: Trial, why: str) -> None:
+        """Writes down why the run ended with an error."""
+        told = {"why": why, "host": platform.node(), "process": os.getpid()}
+        write_whole(self.path / "failures" / f"{trial.name}.json", json.dumps(told, indent=1) + "\n")
+
+    def forgive(self, trial: Trial) -> None:
+        """Failed runs are tried again, and starts are counted anew."""
+        (self.path / "failures" / f"{trial.name}.json").unlink(missing_ok=True)
+        lock = self._lock(trial)
+        if lock.exists() and not self._held(trial):
+            lock.write_text("")
+
+    @contextmanager
+    def claimed(self, trial: Trial) -> Iterator[bool]:
+        """Whether ``trial`` is this process' to do: no one else has it, and it has not ended. Held until the context is left.
+
+        A run whose process was killed ``MOST_STARTS`` times has failed: it would take down process after process.
+        """
+        lock = self._lock(trial)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            if self.done(trial) or self.failure(trial) is not None:
+                yield False
+                return
+            file.seek(0)
+            starts = file.read()
+            if starts.count("\n") >= MOST_STARTS:
+                self.fail(trial, f"its process was ended from outside {MOST_STARTS} times (out of memory?)")
+                yield False
+                return
+            file.write(f"{platform.node()} {os.getpid()}\n")
+            file.flush()
+            try:
+                yield True
+            finally:
+                file.truncate(len(starts.encode()))  # not reached when the process is killed
+
+    def progress(self, trial: Trial) -> float:
+        """The share of a run's steps that are taken, from its log."""
+        try:
+            told = json.loads((self.run(trial) / "plan.json").read_text(encoding="utf-8"))
+            steps = sum(stage["steps"] or 0 for stage in told["stages"])
+            taken = (self.run(trial) / "log.jsonl").read_bytes().count(b"\n")
+        except (OSError, ValueError, KeyError):
+            return 0.0
+        return min(1.0, taken / steps) if steps else 0.0
+
+    def report(self, trial: Trial) -> dict[str, Any]:
+        """The run's report.json as plain values."""
+        told: dict[str, Any] = json.loads((self.run(trial) / "report.json").read_text(encoding="utf-8"))
+        return told
+
+    def _lock(self, trial: Trial) -> Path:
+        return self.path / "locks" / f"{trial.name}.lock"
+
+    def _held(self, trial: Trial) -> bool:
+        try:
+            with self._lock(trial).open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False

@@ -1,0 +1,241 @@
+"""From run folders to a Comparison: levels, differences, cost. Reads finished runs only; trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier import evaluate
+from luthier.comparison import Comparison, Level, Setting, TrialRow, Versus
+from luthier.core.ingredient import Findings, Outputs
+from luthier.core.scores import HIGHER_IS_BETTER
+from luthier.errors import LuthierError
+from luthier.outputs import adjusted, kept
+from luthier.report import Report, flat
+from luthier.statistics import runs
+from luthier.statistics.budget import best_of
+from luthier.statistics.variance import decompose, grid
+from luthier.trials.design import Design, Trial
+from luthier.trials.desk import Desk
+from luthier.trials.pairs import ALPHA, Seen, unit_of, versus
+
+
+def gather(folder: str | Path, design: Design | None = None) -> Comparison:
+    """What the runs in ``folder`` that have ended say.
+
+    Raises:
+        LuthierError: there is no comparison in ``folder``, or no run has ended.
+    """
+    desk = Desk(Path(folder))
+    known = design or Design.load(desk.path)
+    trials = known.trials()
+    reports = {trial.name: Report.load(desk.run(trial)) for trial in trials if desk.done(trial)}
+    rows = [_row(desk, trial, reports.get(trial.name)) for trial in trials]
+    if not reports:
+        failed = next((row for row in rows if row.why), None)
+        why = f"{failed.name}: {_last(failed.why)}" if failed else "none is done"
+        raise LuthierError(f"{folder}: no run has ended, so there is nothing to compare.  {why}")
+    metric = known.metric or next(iter(reports.values())).metric
+    found = [
+        _Told(asked.name, known, metric, rows, desk, {t: reports[t.name] for t in trials if t.name in reports})
+        for asked in known.settings
+        if any(trial.setting == asked.name and trial.name in reports for trial in trials)
+    ]
+    pairs = [pair for one in found for pair in one.versus()]
+    levels = [level for one in found for level in one.levels()]
+    return Comparison(
+        metric=metric,
+        higher=HIGHER_IS_BETTER[metric],
+        unit=asdict(unit_of(metric)),
+        recipes=tuple(known.recipes),
+        settings=tuple(one.setting for one in found),
+        trials=tuple(rows),
+        levels=tuple(levels),
+        versus=tuple(pairs),
+        outcome=_outcome(pairs, several=len(found) > 1),
+        notes=tuple(_notes(rows, levels, found)),
+        best_of={one.setting.name: one.best_of() for one in found},
+        reliability={one.setting.name: one.reliability() for one in found},
+        variance={one.setting.name: parts for one in found if (parts := one.variance())},
+        asked={"seeds": list(known.seeds), "against": known.against, "alpha": ALPHA, "recipes": known.recipes},
+        path=str(folder),
+    )
+
+
+class _Told:
+    """What the runs of one setting that have ended say."""
+
+    def __init__(
+        self,
+        name: str,
+        design: Design,
+        metric: str,
+        rows: Sequence[TrialRow],
+        desk: Desk,
+        reports: dict[Trial, Report],
+    ) -> None:
+        self.design, self.metric = design, metric
+        self.rows = [row for row in rows if row.setting == name]
+        self.runs = {trial: report for trial, report in reports.items() if trial.setting == name}
+        self.outputs = {trial: kept(desk.run(trial)) for trial in self.runs}
+        first = next(iter(self.runs.values()))
+        outputs = next(iter(self.outputs.values()))
+        classes = first.task == "classification"
+        self.setting = Setting(
+            name=name,
+            data=str(first.data["source"]),
+            model=str(first.model["source"]),
+            sizes=dict(first.data["sizes"]),
+            splits=tuple(first.splits),
+            shown=first.shown or "",
+            majority={split: runs.majority_share(out.targets) for split, out in outputs.items()} if classes else {},
+            chosen_on=next((report.chosen_on for report in self.runs.values() if report.chosen_on), ""),
+        )
+
+    def of(self, recipe: str) -> list[Trial]:
+        return [trial for trial in self.runs if trial.recipe == recipe]
+
+    def versus(self) -> list[Versus]:
+        if not self.setting.shown:
+            return []
+        seen = [Seen(trial.recipe, trial.seeds, out) for trial, out in self.outputs.items()]
+        recipes = [recipe for recipe in self.design.recipes if self.of(recipe)]
+        against = self.design.against if self.design.against in recipes else None
+        return versus(self.setting, seen, recipes, self.metric, against)
+
+    def levels(self) -> list[Level]:
+        return [
+            self._level(recipe, split)
+            for recipe in self.design.recipes
+            for split in self.setting.splits
+            if any(self._score(trial, split) is not None for trial in self.of(recipe))
+        ]
+
+    def _score(self, trial: Trial, split: str, metric: str = "") -> float | None:
+        value = self.runs[trial].splits.get(split, {}).get(metric or self.metric)
+        return None if value is None else float(value)
+
+    def _level(self, recipe: str, split: str) -> Level:
+        scored = {trial.name: value for trial in self.of(recipe) if (value := self._score(trial, split)) is not None}
+        told = runs.summary(list(scored.values()), higher_is_better=HIGHER_IS_BETTER[self.metric])
+        names, sentence = list(scored), ""
+        gone: tuple[int, ...] = ()
+        if split in self.setting.majority:
+            accuracies = [self._score(trial, split, "accuracy") for trial in self.of(recipe) if trial.name in scored]
+            majority = self.setting.majority[split]
+            gone = runs.failed(accuracies, majority)
+            numbers = [number for trial in self.of(recipe) for _, number in trial.seeds[:1]]
+            sentence = runs.told(recipe, [numbers[at] for at in gone], len(names), majority, on=split)
+        return Level(
+            setting=self.setting.name,
+            recipe=recipe,
+            split=split,
+            seeds=told.seeds,
+            mean=told.mean,
+            sd=told.sd,
+            worst=told.worst,
+            best=told.best,
+            failed=tuple(names[at] for at in gone),
+            sentence=sentence,
+        )
+
+    def best_of(self) -> dict[str, Any]:
+        """E[best of n] on validation by recipe."""
+        made = {}
+        for recipe in self.design.recipes:
+            scored = [value for trial in self.of(recipe) if (value := self._score(trial, "validation")) is not None]
+            if len(scored) > 1:
+                found = best_of(scored, higher_is_better=HIGHER_IS_BETTER[self.metric])
+                made[recipe] = [asdict(one) for one in found]
+        return made
+
+    def reliability(self) -> dict[str, Any]:
+        """Confidence and accuracy on the shown split, all seeds of a recipe together."""
+        if not self.setting.majority:
+            return {}
+        made = {}
+        for recipe in self.design.recipes:
+            runs_of = self.of(recipe)
+            before = [self.outputs[trial][self.setting.shown] for trial in runs_of]
+            after = [_calibrated(self.runs[trial], out) for trial, out in zip(runs_of, before, strict=True)]
+            if before:
+                every = [out for out in after if out is not None]
+                made[recipe] = {"before": _bins(before), "after": _bins(every) if len(every) == len(before) else []}
+        return made
+
+    def variance(self) -> dict[str, Any]:
+        """Of recipes whose head and order vary apart, on the shown split."""
+        made = {}
+        for recipe in self.design.recipes:
+            cells = {}
+            for trial in self.of(recipe):
+                seeds, value = dict(trial.seeds), self._score(trial, self.setting.shown)
+                if value is not None and set(seeds) == {"head", "order"}:
+                    cells[seeds["head"], seeds["order"]] = value
+            sides = [len({key[at] for key in cells}) for at in (0, 1)]
+            if cells and min(sides) > 1 and len(cells) == sides[0] * sides[1]:
+                found = decompose(grid(cells))
+                made[recipe] = {**asdict(found), "shares": asdict(found.squares.shares)}
+        return made
+
+
+def _row(desk: Desk, trial: Trial, report: Report | None) -> TrialRow:
+    seeds = dict(trial.seeds)
+    if report is None:
+        why = desk.failure(trial)
+        state = "open" if why is None else "failed"
+        return TrialRow(trial.name, trial.setting, trial.recipe, seeds, state, why=why or "")
+    return TrialRow(
+        name=trial.name,
+        setting=trial.setting,
+        recipe=trial.recipe,
+        seeds=seeds,
+        state="done",
+        scores=report.splits,
+        calibrated=flat(report.calibrated) if report.calibrated else {},
+        seconds=sum(stage.seconds for stage in report.stages),
+        peak_bytes=max((stage.peak_memory_bytes for stage in report.stages), default=0),
+        trainable=max((stage.trainable_parameters for stage in report.stages), default=0),
+    )
+
+
+def _calibrated(report: Report, out: Outputs) -> Outputs | None:
+    told = report.calibration
+    if not told:
+        return None
+    scale, shift = (tuple(told[name]) if told.get(name) is not None else None for name in ("scale", "shift"))
+    if scale is None and shift is None and told.get("table") is None:
+        return None
+    return adjusted(out, Findings(scale=scale, shift=shift, table=told.get("table")))
+
+
+def _bins(outputs: Sequence[Outputs]) -> list[dict[str, Any]]:
+    if not outputs:
+        return []
+    logits = np.concatenate([out.logits for out in outputs])
+    targets = np.concatenate([out.targets for out in outputs])
+    return [asdict(one) for one in evaluate.reliability(logits, targets)]
+
+
+def _outcome(pairs: Sequence[Versus], *, several: bool) -> tuple[str, ...]:
+    """Claims first; within each, as they came."""
+    ranked = sorted(pairs, key=lambda pair: not pair.claimed)
+    return tuple(f"{pair.setting}: {pair.sentence}" if several else pair.sentence for pair in ranked)
+
+
+def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_Told]) -> list[str]:
+    notes = [f"{row.name} ended with an error: {_last(row.why)}" for row in rows if row.why]
+    left = [row.name for row in rows if row.state == "open"]
+    if left:
+        notes.append(f"{len(left)} of {len(rows)} runs are not done yet; the same command goes on")
+    shown = {one.setting.name: one.setting.shown for one in found}
+    notes += [level.sentence for level in levels if level.sentence and level.split == shown[level.setting]]
+    return list(dict.fromkeys(notes))
+
+
+def _last(why: str) -> str:
+    return why.strip().splitlines()[-1] if why.strip() else "no reason given"

@@ -1,0 +1,179 @@
+"""Recipes against each other: differences paired by seed and test row, and what can be claimed of them.
+
+Two families of comparisons are corrected, each by itself: all pairs of recipes on the split that is looked at first, and all pairs on
+all shifted tests together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from luthier import evaluate
+from luthier.comparison import Setting, Versus
+from luthier.core.ingredient import Outputs
+from luthier.core.scores import HIGHER_IS_BETTER, Array, ece, log_softmax, softmax
+from luthier.statistics.exact import mcnemar, smallest_p
+from luthier.statistics.paired import Difference, difference, difference_by
+from luthier.statistics.verdict import PLAIN, POINTS, Pair, Test, Unit, Verdict, sentence, verdicts
+
+ALPHA = 0.05
+RESAMPLES = 400  # of the rows, for metrics that are no mean over rows
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run that has ended: whose it is, and what it said of each split's rows."""
+
+    recipe: str
+    seeds: tuple[tuple[str, int], ...]
+    outputs: Mapping[str, Outputs]
+
+
+def unit_of(metric: str) -> Unit:
+    """How differences of ``metric`` are told: points for what is a share of rows, else plain numbers."""
+    return POINTS if metric in ("accuracy", "f1_macro") else PLAIN
+
+
+def versus(
+    setting: Setting, runs: Sequence[Seen], recipes: Sequence[str], metric: str, against: str | None = None
+) -> list[Versus]:
+    """Every pair of recipes on every split that nothing was chosen on: test and shifted tests, or validation where that is all.
+
+    Args:
+        against: only pairs with this recipe, which then comes second.
+    """
+    pairs = [(one, other) for other, one in combinations(recipes, 2)]
+    if against is not None:
+        pairs = [(one, against) for one in recipes if one != against]
+    by: dict[str, dict[tuple[tuple[str, int], ...], Seen]] = {name: {} for name in recipes}
+    for run in runs:
+        by[run.recipe][run.seeds] = run
+    shifted = [split for split in setting.splits if split.startswith("ood_")]
+    made = []
+    for family in ([setting.shown], shifted):
+        many, single = [], []
+        for split in family:
+            for one, other in pairs:
+                both = [seeds for seeds in by[one] if seeds in by[other]]
+                if not both:
+                    continue
+                mine, theirs = ([by[name][seeds].outputs[split] for seeds in both] for name in (one, other))
+                if len(both) == 1:
+                    single.append(_one_seed(setting, split, one, other, mine[0], theirs[0], metric))
+                else:
+                    many.append(Pair(one, other, split, _difference(mine, theirs, metric)))
+        made += [_told(setting, verdict, metric) for verdict in _judged(many)] + single
+    return made
+
+
+def _judged(pairs: Sequence[Pair]) -> tuple[Verdict, ...]:
+    """By sign flips where so many seeds can claim something after correction, else by t; the results do not decide which."""
+    if not pairs:
+        return ()
+    seeds = min(pair.found.seeds for pair in pairs)
+    test: Test = "sign flips" if smallest_p(seeds) * len(pairs) < ALPHA else "t"
+    return verdicts(pairs, alpha=ALPHA, test=test)
+
+
+def _difference(one: Sequence[Outputs], other: Sequence[Outputs], metric: str) -> Difference:
+    by_row = ROWS.get(metric)
+    if by_row is not None:
+        return difference(*(np.array([by_row(out) for out in side]) for side in (one, other)))
+    sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+    whole = _SCORES.get(metric) or (lambda out: evaluate.regression(out.logits[:, 0], out.targets)[metric])
+
+    def scorer(side: Sequence[Outputs]) -> Callable[[Array], Array]:
+        return lambda at: np.array([sign * whole(Outputs(out.logits[at], out.targets[at])) for out in side])
+
+    return difference_by(scorer(one), scorer(other), len(one[0].targets), resamples=RESAMPLES)
+
+
+def _right(out: Outputs) -> Array:
+    return np.asarray(out.logits.argmax(axis=1) == out.targets)
+
+
+def _likelihood(out: Outputs) -> Array:
+    return np.asarray(log_softmax(out.logits)[np.arange(len(out.targets)), out.targets.astype(int)])
+
+
+def _square(out: Outputs) -> Array:
+    likely = softmax(out.logits)
+    likely[np.arange(len(out.targets)), out.targets.astype(int)] -= 1.0
+    return np.asarray(-np.square(likely).sum(axis=1))
+
+
+def _gap(out: Outputs) -> Array:
+    return np.asarray(-np.abs(out.logits[:, 0] - out.targets))
+
+
+# Metrics that are means over rows: of each row, larger is better.
+ROWS: dict[str, Callable[[Outputs], Array]] = {"accuracy": _right, "nll": _likelihood, "brier": _square, "mae": _gap}
+_SCORES: dict[str, Callable[[Outputs], float]] = {
+    "f1_macro": lambda out: evaluate.f1_macro(out.logits.argmax(axis=1), out.targets),
+    "ece": lambda out: ece(out.logits, out.targets),
+}
+
+
+def _told(setting: Setting, verdict: Verdict, metric: str) -> Versus:
+    seen, pair = verdict.interval, verdict.pair
+    return Versus(
+        setting=setting.name,
+        split=pair.on,
+        one=pair.one,
+        other=pair.other,
+        value=seen.value,
+        low=seen.low,
+        high=seen.high,
+        by_seed=pair.found.by_seed,
+        p=verdict.p,
+        corrected=verdict.corrected,
+        comparisons=verdict.comparisons,
+        test=verdict.test,
+        claimed=verdict.claimed,
+        visible=verdict.visible if math.isfinite(verdict.visible) else None,
+        needed=verdict.needed,
+        sentence=sentence(verdict, unit=unit_of(metric)),
+    )
+
+
+def _one_seed(
+    setting: Setting, split: str, one: str, other: str, mine: Outputs, theirs: Outputs, metric: str
+) -> Versus:
+    """Two single models. Nothing is claimed of their recipes, whatever p is."""
+    unit = unit_of(metric)
+    by_row = ROWS.get(metric)
+    if by_row is None:
+        apart = _difference([mine, mine], [theirs, theirs], metric).by_seed[0]
+        low = high = apart
+        p, test = 1.0, "none"
+    else:
+        rows = np.asarray(by_row(mine), dtype=np.float64) - np.asarray(by_row(theirs), dtype=np.float64)
+        apart = float(rows.mean())
+        spread = 1.96 * float(rows.std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+        low, high = apart - spread, apart + spread
+        p, test = (mcnemar(_right(mine), _right(theirs)).p, "McNemar") if metric == "accuracy" else (1.0, "none")
+    told = f"{unit.factor * apart:+.{unit.digits}f}{' ' + unit.name if unit.name else ''}"
+    why = f", McNemar p = {p:.2g} for these two models" if test == "McNemar" else ""
+    return Versus(
+        setting=setting.name,
+        split=split,
+        one=one,
+        other=other,
+        value=apart,
+        low=low,
+        high=high,
+        by_seed=(apart,),
+        p=p,
+        corrected=p,
+        comparisons=1,
+        test=test,
+        claimed=False,
+        visible=None,
+        needed=None,
+        sentence=f"one seed cannot separate {one} from {other} on {split}: {told}{why}; run more seeds",
+    )

@@ -1,0 +1,113 @@
+"""Watching a comparison: how many runs are done, a live table of them, when it will be over. All read from the folder."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.report import flat
+from luthier.trials.design import Design, Trial
+from luthier.trials.desk import Desk
+from luthier.units import duration
+
+
+@dataclass
+class Watch:
+    """What is known of a comparison's runs; asks the folder only for what can have changed.
+
+    Args:
+        workers: how many runs are under way at a time.
+    """
+
+    desk: Desk
+    design: Design
+    workers: int = 1
+    _ended: dict[str, str] = field(default_factory=dict)
+    _seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def news(self) -> Iterator[str]:
+        """A line for each run that has ended since the last look."""
+        trials = self.design.trials()
+        for trial in trials:
+            if trial.name in self._ended:
+                continue
+            state = self.desk.state(trial)
+            if state == "done":
+                report = self.desk.report(trial)
+                self._ended[trial.name] = _score(report)
+                self._seconds.setdefault(trial.recipe, []).append(report["seconds"])
+                told = f"{report['metric']} {_score(report)} on {_shown(report)}, {duration(report['seconds'])}"
+            elif state == "failed":
+                self._ended[trial.name] = "failed"
+                told = f"failed: {str(self.desk.failure(trial)).strip().splitlines()[-1][:100]}"
+            else:
+                continue
+            yield f"{len(self._ended)}/{len(trials)} {trial.name}: {told}{self._left()}"
+
+    def until(self, over: Callable[[], bool], *, every: float = 0.3) -> Iterator[str]:
+        """The news until ``over()`` is true, and what is left of them then."""
+        while not over():
+            yield from self.news()
+            time.sleep(every)
+        yield from self.news()
+
+    def seconds_left(self) -> float | None:
+        """About how long it will take; None before a run has ended."""
+        known = [each for every in self._seconds.values() for each in every]
+        if not known:
+            return None
+        total = 0.0
+        for trial in self.design.trials():
+            if trial.name not in self._ended:
+                usual = statistics.fmean(self._seconds.get(trial.recipe) or known)
+                total += usual * (1.0 - self.desk.progress(trial))
+        return total / max(1, self.workers)
+
+    def table(self) -> Any:
+        """The runs as a table of rich: a row a recipe, a column a seed."""
+        from rich.table import Table
+
+        seeds = [_seed(trial.seeds) for trial in self.design.trials()]
+        columns = list(dict.fromkeys(seeds))
+        table = Table(
+            box=None,
+            pad_edge=False,
+            title=f"{len(self._ended)} of {len(seeds)} runs{self._left()}",
+            title_justify="left",
+        )
+        table.add_column("")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for trial in self.design.trials():
+            rows.setdefault((trial.setting, trial.recipe), {})[_seed(trial.seeds)] = self._cell(trial)
+        several = len(self.design.settings) > 1
+        for (setting, recipe), cells in rows.items():
+            table.add_row(f"{setting} {recipe}" if several else recipe, *(cells.get(column, "") for column in columns))
+        return table
+
+    def _cell(self, trial: Trial) -> str:
+        if trial.name in self._ended:
+            return self._ended[trial.name]
+        return f"{100 * self.desk.progress(trial):.0f}%" if self.desk.state(trial) == "running" else "."
+
+    def _left(self) -> str:
+        left = self.seconds_left()
+        return f"; about {duration(left)} left" if left else ""
+
+
+def _seed(seeds: tuple[tuple[str, int], ...]) -> str:
+    return " ".join(f"{name} {number}" for name, number in seeds)
+
+
+def _shown(report: dict[str, Any]) -> str:
+    return next((name for name in ("test", "validation") if name in report["metrics"]), "nothing")
+
+
+def _score(report: dict[str, Any]) -> str:
+    scores = flat(report["metrics"]).get(_shown(report), {})
+    value = scores.get(report["metric"])
+    return "-" if value is None else f"{value:.4f}"
