@@ -48,6 +48,9 @@ def compare(
     label_map: Mapping[str, Mapping[str, str]] | None = None,
     sets: Sequence[str] = (),
     workers: int = 1,
+    on: On = "local",
+    slurm: Mapping[str, Any] | None = None,
+    save_every: int | None = None,
     narrator: Narrator | None = None,
 ) -> Comparison:
     """Runs every recipe with every seed, and says what the differences are worth.
@@ -65,7 +68,12 @@ def compare(
         against: the one recipe that all others are compared with; None compares all pairs, which needs more seeds.
         text, text_pair, label, task, ood, out_domain, label_map: as ``fit`` takes them.
         sets: changes to all recipes (``max_length=128``), or to one (``ft:stages.finetune.epochs=10``).
-        workers: processes; 1 is this one. With more each has its share of the cores, which moves last bits.
+        workers: how many runs at a time; 1 is this process. With more each has its share of the cores, which moves last bits.
+        on: ``local``, this machine; ``ray``, the cluster at RAY_ADDRESS, or one of this machine; ``slurm``, jobs through submitit.
+            Nodes must share ``out``, at the same path and with locks that count for all of them, and have Luthier installed.
+        slurm: parameters of a job, such as ``{"partition": "gpu", "timeout_min": 240, "gpus_per_node": 1}``.
+        save_every: steps between checkpoints, which is what a killed process loses at most; None makes as many as take a twentieth of
+            the time: for a model of 22 million weights on one core about every 20 seconds.
         narrator: who says what happens.
     Returns:
         the comparison; also saved in ``out`` as comparison.json and compare.html.

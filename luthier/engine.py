@@ -20,6 +20,7 @@ from luthier.core.anatomy import Anatomy, select_all
 from luthier.errors import LuthierError
 from luthier.folder import RunFolder, refuse
 from luthier.job import Columns, Job, prepare
+from luthier.jsonfile import plain
 from luthier.movement import movement
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
@@ -30,11 +31,12 @@ from luthier.recipe.recipe import Recipe
 from luthier.report import Report
 from luthier.results import conclude
 from luthier.run import Run
-from luthier.stages import Stopped
+from luthier.stages import Paused, Stopped
 from luthier.stock import Stock
 from luthier.trace import Hooks, Trace
 from luthier.units import forget_peak, memory_peak
 
+PAUSED = "paused.json"  # in the run folder: how the run did when it paused
 SAVE_SECONDS = 120.0  # between checkpoints, when no number of steps is given
 
 
@@ -55,7 +57,9 @@ def fit(
     sets: Sequence[str] = (),
     resume: bool = False,
     save_every: int | None = None,
+    save_share: float | None = None,
     keep_stages: bool = False,
+    pause_at: float | None = None,
     trackers: Sequence[str] = (),
     narrator: Narrator | None = None,
     stock: Stock | None = None,
@@ -76,7 +80,10 @@ def fit(
         sets: changes to the recipe, such as ``stages.1.lr=3e-5``.
         resume: go on with the run in ``out``; a run that has ended gives its report back.
         save_every: optimizer steps between checkpoints; None = every two minutes and at every stage's end.
+        save_share: instead, as often as takes up to this share of the time (0.05), and every two minutes at least.
         keep_stages: keep the weights at the end of each stage but the last, as ``stages/NAME.safetensors`` in ``out``, for ``study``.
+        pause_at: the share of the trained steps, all stages together, after which the run stops with a checkpoint; ``resume=True``
+            without it goes on, to the same bits as without a pause. A run that has ended by then is not touched.
         trackers: names of trackers for Accelerate; none by default.
         narrator: who says what happens; None says nothing.
         stock: what this run shares with others; it changes no bit.
@@ -85,8 +92,11 @@ def fit(
     Raises:
         LuthierError: something was wrong before the first step (nothing was written), or the run could not go on (what it had saved
             is still there, and ``resume=True`` goes on from it).
+        Paused: it has come to ``pause_at``; its scores on validation are with the error and in ``out``, as paused.json.
     """
     say = narrator or Silent()
+    if pause_at is not None and (out is None or not 0 < pause_at < 1):
+        raise LuthierError(f"pause_at must be in (0, 1), with out, the run folder to go on from; got {pause_at}.")
     if keep_stages and out is None:
         raise LuthierError("keep_stages needs out, the run folder that the stages' weights are kept in.")
     keep_memory()
@@ -109,9 +119,11 @@ def fit(
         narrator=say,
         stock=stock,
     )
+    if pause_at is not None and "validation" not in job.encoded:
+        raise LuthierError("pause_at needs validation rows, which a run that pauses is judged by.")
     say.show(job.plan)
     if out is None:
-        return _Fitting(job, settings, None, say, save_every).go(resume=False)
+        return _Fitting(job, settings, None, say, save_every, save_share).go(resume=False)
     folder = RunFolder(
         Path(out), resume=resume, identity=job.identity, surroundings=settings.described(), main=settings.main
     )
@@ -132,7 +144,7 @@ def fit(
                 out_domain=known.source("out", out_domain),
                 label_map=label_map,
             ).save(folder.path)
-        return _Fitting(job, settings, folder, say, save_every, keep_stages).go(resume=resume)
+        return _Fitting(job, settings, folder, say, save_every, save_share, keep_stages, pause_at).go(resume=resume)
     finally:
         folder.close()
 
@@ -147,14 +159,17 @@ class _Fitting:
         folder: RunFolder | None,
         narrator: Narrator,
         save_every: int | None,
+        save_share: float | None = None,
         keep_stages: bool = False,
+        pause_at: float | None = None,
     ) -> None:
         self.job, self.placement, self.folder, self.say = job, placement, folder, narrator
-        self.save_every, self.keep_stages = save_every, keep_stages
+        self.save_every, self.save_share, self.keep_stages = save_every, save_share, keep_stages
+        self.pause_at = pause_at
         self.trace = Trace()
         self.notes: list[str] = list(job.warnings)
         self.stopping = False
-        self._saved_at = time.monotonic()
+        self._saved_at, self._save_took = time.monotonic(), 0.0
         self._track: Callable[[dict[str, float], int], None] = lambda values, step: None
 
     def go(self, *, resume: bool) -> Report:
@@ -266,6 +281,7 @@ class _Fitting:
             state = step.load()
             run.model.load_state_dict(state["model"])
             run.load_state_dict(state["run"])
+            self._pause(run)  # it may have been killed between its last checkpoint and the look at its scores
         kept = stages.keep_frozen(self.job, run, inner, self.placement, self.say)
         if kept:
             run.notes.append(kept)
@@ -284,9 +300,29 @@ class _Fitting:
         return run.notes
 
     def _save_step(self, step: int, run: Run) -> None:
-        due = step % self.save_every == 0 if self.save_every else time.monotonic() - self._saved_at > SAVE_SECONDS
+        self._pause(run)
+        if self.save_every:
+            due = step % self.save_every == 0
+        else:
+            pause = SAVE_SECONDS if self.save_share is None else min(SAVE_SECONDS, self._save_took / self.save_share)
+            due = time.monotonic() - self._saved_at > pause
         if due and step < run.plan.steps:
             self._write_step(run)
+
+    def _pause(self, run: Run) -> None:
+        """Stops the run where it is to pause, with a checkpoint; scores are made after it, so that what goes on is as it was."""
+        plans = self.job.plan.stages
+        whole = sum(plan.steps for plan in plans)
+        at = sum(plan.steps for plan in plans[: run.plan.index]) + run.progress.step
+        if self.pause_at is None or run.progress.over or not stages.pause_step(self.pause_at, whole) <= at < whole:
+            return
+        self._write_step(run)
+        scores = plain(run.validate())
+        if self.folder:
+            steps = {"share": self.pause_at, "steps": self.trace.steps, "of": whole}
+            told = {**steps, "metric": self.job.metric, "scores": scores, "seconds": self.trace.seconds}
+            self.folder.write_json(PAUSED, told)
+        raise Paused(scores, self.trace.steps, whole)
 
     def _write_step(self, run: Run) -> None:
         if self.placement.sharded:
@@ -301,8 +337,10 @@ class _Fitting:
             "notes": list(self.notes),
             "logged": self.folder.logged,
         }
+        begun = time.monotonic()
         checkpoint.save(self.folder.checkpoints, state, stage=stage, step=step)
         self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - begun
 
     def _give_up(self, run: Run, error: Exception) -> None:
         """Saves where the run stands, if its weights are good, and says how to go on."""

@@ -38,10 +38,15 @@ def classification(logits: Array, labels: Array) -> dict[str, Any]:
 
 
 def f1_macro(found: Array, labels: Array) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN)."""
-    from sklearn.metrics import f1_score
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN) = 2 TP / (found + there).
 
-    return float(f1_score(labels, found, average="macro", zero_division=0.0))
+    Differs: the numbers are sklearn's f1_score(average="macro"); it takes a millisecond a call, and a bootstrap calls thousands of times.
+    """
+    classes = int(max(found.max(), labels.max())) + 1
+    there, said = np.bincount(labels, minlength=classes), np.bincount(found, minlength=classes)
+    right = np.bincount(labels[found == labels], minlength=classes)
+    occurs = there + said > 0
+    return float(np.mean(2 * right[occurs] / (there + said)[occurs]))
 
 
 def regression(predictions: Array, targets: Array) -> dict[str, Any]:

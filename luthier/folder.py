@@ -63,16 +63,20 @@ class RunFolder:
         self._check(before, resume, identity)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
+            self._lock = _locked(path / ".lock")
+        except BlockingIOError:
+            raise LuthierError(
+                f"{path} is being written by another process.  Wait for it, or choose another --out."
+            ) from None
         except OSError as error:
             why = error.strerror or str(error)
             raise LuthierError(f"{path} cannot be written to: {why}.  Choose another --out.") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LuthierError(
-                f"{path} is being written by another process.  Wait for it, or choose another --out."
-            ) from None
+            before = self._known()  # another process may have begun, or ended, a run here meanwhile
+            self._check(before, resume, identity)
+        except LuthierError:
+            self.close()
+            raise
         if before is None:
             self.write_json("environment.json", {"identity": identity, **(surroundings or {}), **environment()})
 
@@ -119,10 +123,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Lets go of the lock; what was written stays."""
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)  # while it is held, so that no one else's is removed
         for file in (self._log, self._lock):
             if file is not None:
                 file.close()
-        (self.path / ".lock").unlink(missing_ok=True) if self.main and self._lock else None
         self._log = self._lock = None
 
     def _known(self) -> dict[str, Any] | None:
@@ -165,6 +170,30 @@ def refuse(path: Path, *, resume: bool) -> None:
         how = "a finished run" if (path / "report.json").is_file() else "an unfinished run"
         do = "Add --resume to go on with it, or choose another --out; nothing was touched."
         raise LuthierError(f"{path} holds {how}.  {do}")
+
+
+def _locked(path: Path) -> IO[str]:
+    """``path``, open, with a lock that only this process has.
+
+    Who lets go removes the file. A lock on a file that was removed between opening and locking it keeps no one out, so it is tried
+    again on the file that is there now.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be written, or the disk has no locks.
+    """
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()
 
 
 def fresh(base: Path, name: str) -> Path:

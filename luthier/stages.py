@@ -39,6 +39,28 @@ class Stopped(RunError):
     """The run was asked to stop; what it had done is saved."""
 
 
+class Paused(RunError):
+    """The run has come to the share of its steps at which it was to pause; what it had done is saved.
+
+    Args:
+        score: of the validation rows, by metric, for the weights that the stage would end with now.
+        steps: taken so far; of: all that the plan has.
+    """
+
+    def __init__(self, score: dict[str, Any], steps: int, of: int) -> None:
+        self.score, self.steps, self.of = score, steps, of
+        super().__init__(f"paused after {steps} of {of} steps; --resume goes on from there")
+
+
+def pause_step(share: float, steps: int) -> int:
+    """The first of ``steps`` steps, counted from 1, with which ``share`` of them is taken.
+
+    >>> pause_step(0.3, 10), pause_step(0.3, 11), pause_step(0.01, 10)
+    (3, 4, 1)
+    """
+    return max(1, math.ceil(share * steps - 1e-9))  # a share is not later for its rounding
+
+
 @dataclass(frozen=True)
 class Sample:
     """The training rows as batches of the stage's size, in the data's order; asked twice, the same ones.

@@ -228,6 +228,20 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
     return None
 
 
+def place(plain: dict[str, Any], path: str) -> tuple[dict[str, Any], str] | None:
+    """What holds the value that ``path`` names, and its key there; None when there is no such value.
+
+    Args:
+        plain: a recipe's ``to_dict()``, every default filled in.
+    """
+    *steps, last = path.strip().split(".")
+    here: Any = plain
+    for step in steps:
+        here = _below(here, step)
+    name = ALIASES.get(last, last)
+    return (here, name) if isinstance(here, dict) and name in here else None
+
+
 def _below(here: Any, step: str) -> Any:
     if isinstance(here, dict):
         if step in here:

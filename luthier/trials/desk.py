@@ -2,6 +2,9 @@
 
 ``design.json``; ``runs/NAME``, run folders; ``locks/NAME.lock``, held while a run is under way, by the kernel, so that a process that
 dies lets go; ``failures/NAME.json``; ``shared/``, what runs have in common; ``comparison.json`` and ``compare.html``.
+
+A lock file is never removed: a lock on a file that is gone would keep no one out. Machines that share the folder need a disk whose
+``flock`` counts for all of them: NFS 4, Lustre with ``-o flock``, GPFS; not NFS with ``nolock`` or ``local_lock``.
 """
 
 from __future__ import annotations
@@ -10,17 +13,20 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from luthier.errors import LuthierError
 from luthier.jsonfile import write_whole
 from luthier.trials.design import Trial
 
 State = Literal["done", "failed", "running", "open"]
 MOST_STARTS = 3  # of a run whose process was killed each time
+GLANCE = 0.005  # seconds; whoever looks whether a lock is held has it for less
 
 
 @dataclass(frozen=True)
@@ -64,35 +70,34 @@ class Desk:
 
     def forgive(self, trial: Trial) -> None:
         """Failed runs are tried again, and starts are counted anew."""
-        (self.path / "failures" / f"{trial.name}.json").unlink(missing_ok=True)
-        lock = self._lock(trial)
-        if lock.exists() and not self._held(trial):
-            lock.write_text("")
+        with self._alone(trial) as file:
+            if file is not None:  # else it is under way, and has not failed
+                file.truncate(0)
+                (self.path / "failures" / f"{trial.name}.json").unlink(missing_ok=True)
 
     @contextmanager
     def claimed(self, trial: Trial) -> Iterator[bool]:
         """Whether ``trial`` is this process' to do: no one else has it, and it has not ended. Held until the context is left.
 
-        A run whose process was killed ``MOST_STARTS`` times has failed: it would take down process after process.
+        A run whose process was killed ``MOST_STARTS`` times without getting further has failed: it would take down process after
+        process.
         """
-        lock = self._lock(trial)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        with self._alone(trial) as file:
+            if file is None:
                 yield False
                 return
+            _look(self.run(trial), self.path / "failures")
             if self.done(trial) or self.failure(trial) is not None:
                 yield False
                 return
             file.seek(0)
             starts = file.read()
-            if starts.count("\n") >= MOST_STARTS:
+            saved = max((one.name for one in (self.run(trial) / "checkpoints").glob("stage-*")), default="nothing")
+            if sum(line.endswith(f" {saved}") for line in starts.splitlines()) >= MOST_STARTS:
                 self.fail(trial, f"its process was ended from outside {MOST_STARTS} times (out of memory?)")
                 yield False
                 return
-            file.write(f"{platform.node()} {os.getpid()}\n")
+            file.write(f"{platform.node()} {os.getpid()} {saved}\n")
             file.flush()
             try:
                 yield True
@@ -117,6 +122,18 @@ class Desk:
     def _lock(self, trial: Trial) -> Path:
         return self.path / "locks" / f"{trial.name}.lock"
 
+    @contextmanager
+    def _alone(self, trial: Trial) -> Iterator[IO[str] | None]:
+        """The run's lock file, held by this process only; None when another has it.
+
+        Raises:
+            LuthierError: the disk has no locks.
+        """
+        lock = self._lock(trial)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a+") as file:
+            yield file if _taken(file) else None
+
     def _held(self, trial: Trial) -> bool:
         try:
             with self._lock(trial).open("r") as file:
@@ -126,3 +143,29 @@ class Desk:
         except OSError:
             return True
         return False
+
+
+def _taken(file: IO[str]) -> bool:
+    """Whether ``file`` is locked by this process now; tried thrice, as who looks at a lock has it for a moment.
+
+    Raises:
+        LuthierError: the disk has no locks.
+    """
+    for _ in range(3):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(GLANCE)
+        except OSError as error:
+            why = f"{file.name} cannot be locked: {error.strerror}"
+            raise LuthierError(f"{why}.  The folder must be on a disk with locks; choose another --out.") from None
+        else:
+            return True
+    return False
+
+
+def _look(*folders: Path) -> None:
+    """Lists folders, so that a shared disk's client does not answer from what it remembered of them."""
+    for folder in folders:
+        with suppress(OSError):
+            os.listdir(folder)

@@ -163,8 +163,9 @@ class _Told:
             before = [self.outputs[trial][self.setting.shown] for trial in runs_of]
             after = [_calibrated(self.runs[trial], out) for trial, out in zip(runs_of, before, strict=True)]
             if before:
-                every = [out for out in after if out is not None]
-                made[recipe] = {"before": _bins(before), "after": _bins(every) if len(every) == len(before) else []}
+                every = [raw if out is None else out for raw, out in zip(before, after, strict=True)]
+                changed = any(out is not None for out in after)
+                made[recipe] = {"before": _bins(before), "after": _bins(every) if changed else []}
         return made
 
     def variance(self) -> dict[str, Any]:

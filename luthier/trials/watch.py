@@ -54,6 +54,11 @@ class Watch:
             time.sleep(every)
         yield from self.news()
 
+    @property
+    def over(self) -> bool:
+        """Whether all runs had ended at the last look."""
+        return all(trial.name in self._ended for trial in self.design.trials())
+
     def seconds_left(self) -> float | None:
         """About how long it will take; None before a run has ended."""
         known = [each for every in self._seconds.values() for each in every]

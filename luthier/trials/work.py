@@ -12,9 +12,11 @@ from luthier.errors import LuthierError
 from luthier.narrate import Narrator, Silent
 from luthier.stages import Stopped
 from luthier.stock import Stock
+from luthier.trials.asking import GOES_ON, interruptible
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
 
+SAVE_SHARE = 0.05  # of the time, for checkpoints
 WAIT = 1.0  # seconds between looks at runs that others have
 
 
@@ -24,6 +26,7 @@ def work(
     only: Sequence[str] = (),
     narrator: Callable[[Trial], Narrator] = lambda trial: Silent(),
     stock: Stock | None = None,
+    save_every: int | None = None,
 ) -> int:
     """Does the runs of the comparison in ``folder`` that are left, until none is; what others have under way is left to them.
 
@@ -31,6 +34,8 @@ def work(
         only: names of runs; all without.
         narrator: who says what a run does.
         stock: what runs share; kept beside them without.
+        save_every: steps between checkpoints, which is what a killed process loses at most; None makes as many as take a twentieth of
+            the time.
     Returns:
         how many runs were done here.
     Raises:
@@ -44,20 +49,26 @@ def work(
         raise LuthierError(f"{', '.join(missing)}: no such run in {folder}.  There are: {', '.join(known)}.")
     left = [known[name] for name in only] or list(known.values())
     done = 0
-    while left:
-        before = len(left)
-        for trial in left:
-            with desk.claimed(trial) as mine:
-                if mine:
-                    one(desk, design, trial, narrator(trial), shared)
-                    done += 1
-        left = [trial for trial in left if desk.state(trial) in ("open", "running")]
-        if len(left) == before:
-            time.sleep(WAIT)  # others have them; one that they let go of is taken
+    try:
+        with interruptible():
+            while left:
+                before = len(left)
+                for trial in left:
+                    with desk.claimed(trial) as mine:
+                        if mine:
+                            one(desk, design, trial, narrator(trial), shared, save_every)
+                            done += 1
+                left = [trial for trial in left if desk.state(trial) in ("open", "running")]
+                if len(left) == before:
+                    time.sleep(WAIT)  # others have them; one that they let go of is taken
+    except KeyboardInterrupt:
+        raise Stopped(GOES_ON) from None
     return done
 
 
-def one(desk: Desk, design: Design, trial: Trial, narrator: Narrator, stock: Stock) -> None:
+def one(
+    desk: Desk, design: Design, trial: Trial, narrator: Narrator, stock: Stock, save_every: int | None = None
+) -> None:
     """Does one run, or goes on with it; an error is written down, and ends this run only."""
     try:
         fit(
@@ -65,11 +76,13 @@ def one(desk: Desk, design: Design, trial: Trial, narrator: Narrator, stock: Sto
             **design.call(trial).arguments(),
             out=desk.run(trial),
             resume=True,
+            save_every=save_every,
+            save_share=SAVE_SHARE,
             narrator=narrator,
             stock=stock,
         )
     except Stopped as stopped:
-        raise Stopped("stopped on request; the same command goes on from there") from stopped
+        raise Stopped(GOES_ON) from stopped
     except LuthierError as error:
         desk.fail(trial, str(error))
     except Exception:

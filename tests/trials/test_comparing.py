@@ -1,0 +1,268 @@
+"""compare from end to end on a tiny model: what is run, what is not run again, what is refused, what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import luthier
+from luthier.comparing import compare
+from luthier.comparison import Comparison
+from luthier.errors import LuthierError
+from luthier.narrate import Silent
+from luthier.outputs import kept
+from luthier.statistics.exact import mcnemar
+from luthier.trials import work as workshop
+from tests.little import recipe, same, sentences, weights
+
+BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
+FT = dataclasses.replace(recipe(BASE, steps=6), name="ft")
+LP_FT = dataclasses.replace(recipe([*BASE, "temperature"], steps=6, probe=True), name="lp-ft")
+LP = dataclasses.replace(recipe(BASE, steps=1, probe=True), name="lp")
+
+
+class Says(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows") / "data"
+    folder.mkdir()
+    rows = sentences(160)
+    rows[:100].to_csv(folder / "train.csv", index=False)
+    rows[100:120].to_csv(folder / "validation.csv", index=False)
+    rows[120:].to_csv(folder / "test.csv", index=False)
+    sentences(30, seed=7).to_csv(folder / "ood_other.csv", index=False)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model, data):
+    out = tmp_path_factory.mktemp("compared") / "out"
+    say = Says()
+    return out, compare([FT, LP_FT, LP], model=tiny_model, data=data, out=out, seeds=3, narrator=say), say
+
+
+def test_each_run_is_what_fit_makes_of_the_same_recipe_and_seed(made, tiny_model, data, tmp_path):
+    out, _, _ = made
+    for part in (FT, LP_FT):
+        luthier.fit(part, model=tiny_model, data=data, seed=2, out=tmp_path / part.name)
+        assert same(weights(tmp_path / part.name), weights(out / "runs" / f"{part.name}-seed2"))
+        ours = luthier.Report.load(out / "runs" / f"{part.name}-seed2")
+        assert ours.metrics == luthier.Report.load(tmp_path / part.name).metrics
+        assert ours.recipe_digest == dataclasses.replace(part, seed=2).digest
+
+
+def test_what_is_told_is_what_the_runs_say(made):
+    out, found, _ = made
+    accuracy = {
+        (name, seed): luthier.Report.load(out / "runs" / f"{name}-seed{seed}").metrics["test"]["accuracy"]
+        for name in found.recipes
+        for seed in range(3)
+    }
+    level = next(one for one in found.levels if (one.recipe, one.split) == ("lp-ft", "test"))
+    scores = [accuracy["lp-ft", seed] for seed in range(3)]
+    assert level.mean == pytest.approx(np.mean(scores)) and level.sd == pytest.approx(np.std(scores, ddof=1))
+    assert (level.worst, level.best, level.seeds) == (min(scores), max(scores), 3)
+    pair = next(one for one in found.versus if (one.one, one.other, one.split) == ("lp-ft", "ft", "test"))
+    assert pair.by_seed == pytest.approx([accuracy["lp-ft", seed] - accuracy["ft", seed] for seed in range(3)])
+    assert pair.value == pytest.approx(np.mean(pair.by_seed)) and pair.low <= pair.value <= pair.high
+    on = {(one.one, one.other, one.split) for one in found.versus}
+    assert on == {
+        (one, other, split)
+        for one, other in (("lp-ft", "ft"), ("lp", "ft"), ("lp", "lp-ft"))
+        for split in ("test", "ood_other")
+    }
+    assert all(one.comparisons == 3 for one in found.versus)  # test by itself; here there is one shifted test
+    assert len(found.outcome) == 6
+    assert [one["n"] for one in found.best_of["data"]["ft"]] == [1, 2, 3]
+    assert sum(bin["count"] for bin in found.reliability["data"]["lp-ft"]["after"]) == 3 * 40
+    assert found.reliability["data"]["ft"]["after"] == []  # it does not calibrate
+
+
+def test_the_files_and_the_lines(made):
+    out, found, say = made
+    assert Comparison.load(out) == dataclasses.replace(found)
+    assert "lp-ft" in (out / "compare.html").read_text()
+    told = [line for line in say.lines if line[0].isdigit()]
+    assert [line.split()[0] for line in told] == [f"{number}/9" for number in range(1, 10)]
+    assert "accuracy" in told[0] and "left" in told[0] and "left" not in told[-1]
+    assert max(map(len, found.summary().splitlines()[:-1])) <= 80
+
+
+def test_called_again_it_runs_nothing_and_tells_the_same(made, tiny_model, data, monkeypatch):
+    out, found, _ = made
+    monkeypatch.setattr(workshop, "fit", lambda *a, **k: pytest.fail("nothing was left to run"))
+    say = Says()
+    again = compare([FT, LP_FT, LP], model=tiny_model, data=data, out=out, seeds=3, narrator=say)
+    assert again == found
+    assert "9 of 9 runs are done already" in say.lines
+
+
+def test_it_goes_on_and_grows_and_tries_failed_runs_again(tiny_model, data, tmp_path, monkeypatch):
+    real, begun = workshop.fit, []
+
+    def fit(made, **more):
+        begun.append(more["out"].name)
+        if len(begun) == 2:
+            raise RuntimeError("the disk is full\nor so")
+        return real(made, **more)
+
+    monkeypatch.setattr(workshop, "fit", fit)
+    out = tmp_path / "out"
+    first = compare([FT], model=tiny_model, data=data, out=out, seeds=2)
+    assert begun == ["ft-seed0", "ft-seed1"]
+    assert [one.state for one in first.trials] == ["done", "failed"]
+    assert "ft-seed1 ended with an error: or so" in first.notes[0]
+    grown = compare([FT, LP], model=tiny_model, data=data, out=out, seeds=3)
+    assert begun[2:] == ["lp-seed0", "ft-seed1", "lp-seed1", "ft-seed2", "lp-seed2"]
+    assert all(one.state == "done" for one in grown.trials)
+    fewer = compare([LP], model=tiny_model, data=data, out=out, seeds=1)
+    assert len(begun) == 7 and fewer.recipes == ("ft", "lp")  # nothing that was run is lost
+
+
+def test_another_recipe_of_the_same_name_or_other_data_is_refused(made, tiny_model, data, tmp_path):
+    out, _, _ = made
+    other = dataclasses.replace(FT, max_length=12)
+    with pytest.raises(LuthierError, match="ft  must be the recipe it was when this comparison began"):
+        compare([other], model=tiny_model, data=data, out=out, seeds=3)
+    rows = tmp_path / "rows.csv"
+    sentences(90).to_csv(rows, index=False)
+    with pytest.raises(LuthierError, match="data and model  must be what it was"):
+        compare([FT], model=tiny_model, data=str(rows), out=out, seeds=3)
+    with pytest.raises(LuthierError, match="--vary  must be what it was"):
+        compare([FT], model=tiny_model, data=data, out=out, seeds=3, vary=["head", "order"])
+
+
+def test_faults_of_all_recipes_are_told_at_once_before_any_run(tiny_model, data, tmp_path):
+    bad = dataclasses.replace(recipe(["mixout", {"reinit": {"top": 1}}]), name="bad")
+    worse = dataclasses.replace(recipe([{"freeze": {"keep": ["top:9"]}}]), name="worse")
+    with pytest.raises(LuthierError) as told:
+        compare([FT, bad, worse], model=tiny_model, data=data, out=tmp_path / "out")
+    wheres = [fault.where for fault in told.value.faults]
+    assert any(where.startswith("bad: ") for where in wheres) and any(where.startswith("worse: ") for where in wheres)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(LuthierError) as told:
+        compare(["ft", "ft", "nosuch"], model=tiny_model, data=data, out=tmp_path / "out", sets=["fy:seed=3", "zz=1"])
+    wheres = " ".join(fault.where for fault in told.value.faults)
+    assert "--set fy:seed=3" in wheres and "nosuch" in wheres and "ft" in wheres
+    with pytest.raises(LuthierError, match="accuracy"):
+        compare([FT], model=tiny_model, data=data, out=tmp_path / "out", metric="acuracy")
+    with pytest.raises(LuthierError, match="--against"):
+        compare([FT], model=tiny_model, data=data, out=tmp_path / "out", against="lp")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    with pytest.raises(LuthierError, match="holds no comparison"):
+        compare([FT], model=tiny_model, data=data, out=tmp_path / "full")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "precious"
+
+
+def test_names_and_changes_of_one_recipe(tiny_model, data, tmp_path):
+    sets = ["short:stages.finetune.steps=1", "max_length=12", "long:stages.finetune.steps=2", "stages.finetune.lr=1e-3"]
+    told = {"short": "ft", "long": "ft"}
+    found = compare(told, model=tiny_model, data=data, out=tmp_path / "out", seeds=1, sets=sets)
+    steps = {
+        one.recipe: luthier.Report.load(tmp_path / "out" / "runs" / one.name).stages[0].steps for one in found.trials
+    }
+    assert steps == {"short": 1, "long": 2}
+    report = luthier.Report.load(tmp_path / "out" / "runs" / "short-seed0")
+    assert report.recipe == "short" and report.model["max_length"] == 12
+
+
+def test_one_seed_claims_nothing_of_recipes(tiny_model, data, tmp_path):
+    found = compare([FT, LP], model=tiny_model, data=data, out=tmp_path / "out", seeds=[4])
+    one, other = (kept(tmp_path / "out" / "runs" / f"{name}-seed4")["test"] for name in ("lp", "ft"))
+    right = [out.logits.argmax(axis=1) == out.targets for out in (one, other)]
+    pair = next(one for one in found.versus if one.split == "test")
+    assert pair.p == mcnemar(*right).p and pair.test == "McNemar" and not pair.claimed
+    assert "one seed cannot separate lp from ft on test" in pair.sentence
+    assert next(level for level in found.levels).sd is None
+
+
+def test_against_one_recipe_there_are_fewer_pairs(made, tiny_model, data):
+    out, _, _ = made
+    found = compare([FT, LP_FT, LP], model=tiny_model, data=data, out=out, seeds=3, against="ft")
+    assert {(one.one, one.other) for one in found.versus} == {("lp-ft", "ft"), ("lp", "ft")}
+    assert {one.comparisons for one in found.versus} == {2}
+
+
+@pytest.mark.parametrize("metric", ["nll", "f1_macro", "ece"])
+def test_any_metric_is_compared_larger_difference_is_better(metric, made, tiny_model, data):
+    out, _, _ = made
+    found = compare([FT, LP_FT, LP], model=tiny_model, data=data, out=out, seeds=3, metric=metric)
+    scores = {
+        (name, seed): luthier.Report.load(out / "runs" / f"{name}-seed{seed}").metrics["test"][metric]
+        for name in ("ft", "lp")
+        for seed in range(3)
+    }
+    sign = 1 if metric == "f1_macro" else -1
+    pair = next(one for one in found.versus if (one.one, one.other, one.split) == ("lp", "ft", "test"))
+    assert pair.by_seed == pytest.approx(
+        [sign * (scores["lp", seed] - scores["ft", seed]) for seed in range(3)], abs=1e-6
+    )
+
+
+def test_a_regression_is_compared_by_its_error(tiny_model, tmp_path):
+    rows = sentences(120)
+    rows["label"] = [
+        len(text.split()) / 7 + (label == "good") for text, label in zip(rows["text"], rows["label"], strict=True)
+    ]
+    found = compare([FT, LP], model=tiny_model, data=rows, out=tmp_path / "out", seeds=2)
+    assert (found.metric, found.higher, found.unit["name"]) == ("rmse", False, "")
+    assert not found.settings[0].majority and found.reliability == {"data": {}}
+    assert "RMSE" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_rows_and_models_in_memory_are_written_beside_the_runs(tiny_model, tmp_path):
+    pair = (
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
+    rows = sentences(80)
+    found = compare([LP], model=pair, data={"train": rows[:60], "test": rows[60:]}, out=tmp_path / "out", seeds=1)
+    assert found.trials[0].state == "done"
+    assert pd.read_json(tmp_path / "out" / "data" / "train.jsonl", lines=True)["text"].tolist() == list(
+        rows["text"][:60]
+    )
+    with pytest.raises(LuthierError, match="must be the data this comparison began with"):
+        compare([LP], model=pair, data={"train": rows[:50], "test": rows[60:]}, out=tmp_path / "out", seeds=1)
+
+
+def test_several_data_sets_are_settings_of_their_own(tiny_model, data, tmp_path):
+    other = tmp_path / "other.csv"
+    sentences(80, seed=3).to_csv(other, index=False)
+    found = compare([FT, LP], model=tiny_model, data=[data, str(other)], out=tmp_path / "out", seeds=2)
+    assert [setting.name for setting in found.settings] == ["data", "other"]
+    assert (tmp_path / "out" / "runs" / "other" / "lp-seed1" / "report.json").is_file()
+    assert len(found.trials) == 8 and all(one.startswith(("other: ", "data: ")) for one in found.outcome)
+
+
+def test_streams_vary_apart(tiny_model, data, tmp_path):
+    found = compare([LP, FT], model=tiny_model, data=data, out=tmp_path / "out", seeds=2, vary=["head", "order"])
+    assert [one.seeds for one in found.trials if one.recipe == "ft"] == [
+        {"head": 0, "order": 0},
+        {"head": 0, "order": 1},
+        {"head": 1, "order": 0},
+        {"head": 1, "order": 1},
+    ]
+    runs = tmp_path / "out" / "runs"
+    first = [
+        json.loads((runs / f"ft-head{h}-order{o}" / "log.jsonl").read_text().splitlines()[0])["loss"]
+        for h in (0, 1)
+        for o in (0, 1)
+    ]
+    assert len(set(first)) == 4  # other heads, or other rows in the first step
+    parts = found.variance["data"]["ft"]["shares"]
+    assert sum(parts.values()) == pytest.approx(1.0) or sum(parts.values()) == 0.0
+    solved = [luthier.Report.load(runs / f"lp-head{h}-order0").metrics["test"] for h in (0, 1)]
+    assert solved[0]["n"] == solved[1]["n"]
