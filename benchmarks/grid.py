@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared" / "data"
 SETS = ("sst2", "trec6", "ag_news")
 OTHERS = {"books, sst2 beside": ("amazon_domains", "sst2", 600)}  # set: its own rows, those of another domain, how many

@@ -1,0 +1,254 @@
+"""Settings of a recipe found by search: one search a setting and recipe, with the same budget for each (Dodge et al. 2019).
+
+``search/NAME/N.json`` is what was asked for and what came of it, written before its run starts; ``search/NAME.log`` is Optuna's journal,
+``search/NAME.json`` the winner. A search's runs are run folders like others, ``runs/NAME-searchN``. All have the one seed ``SEED``, so
+that settings differ and luck does not; none of them is a run of the comparison. Only validation rows choose.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from luthier.core.scores import HIGHER_IS_BETTER
+from luthier.errors import LuthierError
+from luthier.jsonfile import write_whole
+from luthier.trials import proposals
+from luthier.trials.design import Design, Trial
+from luthier.trials.desk import Desk
+from luthier.trials.spaces import parse
+
+SEED = 10_000
+HOPELESS = 10  # trials; a search by minutes whose first ones all failed is over
+
+Do = Callable[[Trial, Design], None]  # does a run, or writes down why it failed
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for one recipe's settings on one data set and model."""
+
+    desk: Desk
+    design: Design
+    setting: str
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.setting}/{self.recipe}" if len(self.design.settings) > 1 else self.recipe
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """``{"runs": 20}`` or ``{"minutes": 30.0}``."""
+        return dict(self.design.more["search"]["budget"])
+
+    @property
+    def space(self) -> dict[str, str]:
+        """Where it looks, by path, as it was written."""
+        return dict(self.design.more["search"]["spaces"][self.recipe])
+
+    @property
+    def winner(self) -> dict[str, Any] | None:
+        """What was found; None while it has not ended for the first time."""
+        file = self._file(".json")
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    @property
+    def over(self) -> bool:
+        """Whether the budget is spent and the winner known."""
+        return (self.winner or {}).get("budget") == self.budget
+
+    def trial(self, number: int) -> Trial:
+        """The run of one trial."""
+        named = self.design.trial(self.setting, self.recipe, {"search": number})
+        return replace(named, seeds=(("seed", SEED),))
+
+    def told(self) -> list[dict[str, Any]]:
+        """What was asked for, in this order: number, optuna, values; of those that have ended also score (None = failed) and seconds."""
+        files = sorted(self._file("").glob("*.json"), key=lambda file: int(file.stem))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def step(self, do: Do) -> bool:
+        """Does one run that no one has; False when there is none now: the search is over, or others have what is left of it."""
+        with ExitStack() as held:
+            with self._alone():
+                self._settle()
+                one = None if self.over else self._taken(held)
+            if one is None:
+                return False
+            begun = time.monotonic()
+            do(self.trial(one["number"]), _with(self.design, self.setting, self.recipe, one["values"]))
+            with self._alone():
+                self._settle({one["number"]: time.monotonic() - begun})
+        return True
+
+    def _taken(self, held: ExitStack) -> dict[str, Any] | None:
+        """A run that is now this process': one that was asked for and let go of, or a new one; else the winner is written, if all have ended."""
+        told = self.told()
+        left = [one for one in told if "score" not in one]
+        for one in left:
+            if held.enter_context(self.desk.claimed(self.trial(one["number"]))):
+                return one
+        if not self._spent(told):
+            spaces = {path: parse(space) for path, space in self.space.items()}
+            number, values = proposals.ask(self._file(".log"), self.name, spaces, told)
+            new = {"number": len(told), "optuna": number, "values": values}
+            self._keep(new)
+            return new if held.enter_context(self.desk.claimed(self.trial(new["number"]))) else None
+        if not left:
+            self._conclude(told)
+        return None
+
+    def _spent(self, told: list[dict[str, Any]]) -> bool:
+        spaces = {path: parse(space) for path, space in self.space.items()}
+        if len(told) >= min(self.budget.get("runs", math.inf), proposals.combinations(spaces)):
+            return True
+        if "runs" in self.budget:
+            return False
+        ended = [one for one in told if "score" in one]
+        if len(ended) >= HOPELESS and all(one["score"] is None for one in ended):
+            return True
+        spent = sum(one["seconds"] for one in ended)
+        usual = spent / len(ended) if ended else 0.0  # of those under way
+        return bool(told) and spent + usual * (len(told) - len(ended)) >= 60 * self.budget["minutes"]
+
+    def _settle(self, seconds: dict[int, float] | None = None) -> None:
+        """Tells what came of the runs that have ended: to Optuna, then to the trial's file."""
+        for one in self.told():
+            trial = self.trial(one["number"])
+            why = self.desk.failure(trial)
+            if "score" in one or not (self.desk.done(trial) or why is not None):
+                continue
+            report = self.desk.report(trial) if self.desk.done(trial) else {}
+            metric = self.design.metric or report.get("metric")
+            score = report.get("metrics", {}).get("validation", {}).get(metric)
+            if score is not None and not math.isfinite(score):
+                score = None
+            better = None if score is None else score if HIGHER_IS_BETTER[metric] else -score
+            proposals.tell(self._file(".log"), self.name, one["optuna"], better)
+            took = report.get("seconds") or (seconds or {}).get(one["number"], 0.0)
+            self._keep({**one, "score": score, "metric": metric, "seconds": took})
+
+    def _conclude(self, told: list[dict[str, Any]]) -> None:
+        """Writes the winner: the best on validation, of equal ones the earliest. Runs with other settings are put aside first."""
+        scored = [one for one in told if one["score"] is not None]
+        sign = 1 if scored and HIGHER_IS_BETTER[scored[0]["metric"]] else -1
+        best = max(scored, key=lambda one: (sign * one["score"], -one["number"]), default=None)
+        before = self.winner
+        found = {
+            "tried": len(told),
+            "failed": len(told) - len(scored),
+            "budget": self.budget,
+            "space": self.space,
+            "trial": best["number"] if best else None,
+            "values": best["values"] if best else None,
+            "metric": best["metric"] if best else None,
+            "validation": best["score"] if best else None,
+            "seconds": sum(one["seconds"] for one in told),
+            "trials": [{name: one[name] for name in ("values", "score", "seconds")} for one in told],
+        }
+        if before is not None and before["values"] != found["values"]:
+            for trial in self.design.trials():
+                if (trial.setting, trial.recipe) == (self.setting, self.recipe):
+                    self._aside(trial, before["trial"])
+        write_whole(self._file(".json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+    def _aside(self, trial: Trial, winner: int | None) -> None:
+        run, at = self.desk.run(trial), 0
+        while (to := self.desk.path / "earlier" / f"{trial.name}-search{winner}{f'-{at}' if at else ''}").exists():
+            at += 1
+        if run.exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            run.rename(to)
+        self.desk.forgive(trial)
+
+    def _keep(self, one: dict[str, Any]) -> None:
+        text = json.dumps(one, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self._file("") / f"{one['number']}.json", text)
+
+    def _file(self, ending: str) -> Path:
+        return self.desk.path / "search" / f"{self.name}{ending}"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = self._file(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def searches(desk: Desk, design: Design) -> tuple[Search, ...]:
+    """All searches of a comparison."""
+    spaces = design.more.get("search", {}).get("spaces", {})
+    return tuple(Search(desk, design, one.name, recipe) for one in design.settings for recipe in spaces)
+
+
+def search(desk: Desk, design: Design, do: Do) -> int:
+    """Does this process' share of all searches, in turn, until none has a run for it now; gives how many runs it did."""
+    done = 0
+    left = searches(desk, design)
+    while left:
+        left = tuple(one for one in left if one.step(do))
+        done += len(left)
+    return done
+
+
+def waiting(desk: Desk, design: Design) -> set[tuple[str, str]]:
+    """(setting, recipe) whose runs wait for a search that is not over."""
+    return {(one.setting, one.recipe) for one in searches(desk, design) if not one.over}
+
+
+def resolved(desk: Desk, design: Design) -> Design:
+    """The design whose recipes have the values that were found."""
+    for one in searches(desk, design):
+        if one.over:
+            design = _with(design, one.setting, one.recipe, (one.winner or {})["values"])
+    return design
+
+
+def chosen(desk: Desk, design: Design) -> dict[str, Any]:
+    """What was found, by recipe; with several settings by ``RECIPE on SETTING``."""
+    several = len(design.settings) > 1
+    found = ((one, one.winner) for one in searches(desk, design))
+    return {f"{one.recipe} on {one.setting}" if several else one.recipe: won for one, won in found if won}
+
+
+def progress(desk: Desk, design: Design) -> dict[str, str]:
+    """A line for each search that has begun: how far it is, and the best score so far."""
+    lines = {}
+    for one in searches(desk, design):
+        scores = [trial for trial in one.told() if "score" in trial]
+        good = [trial["score"] for trial in scores if trial["score"] is not None]
+        if scores:
+            of = f"/{one.budget['runs']}" if "runs" in one.budget else ""
+            spent = f", {sum(trial['seconds'] for trial in scores) / 60:.1f} of {one.budget.get('minutes')} min"
+            best = max(good) if good and HIGHER_IS_BETTER[scores[-1]["metric"]] else min(good, default=None)
+            lines[one.name] = f"search {one.name} {len(scores)}{of}{'' if of else spent}"
+            lines[one.name] += "" if best is None else f": best on validation {best:.4f}"
+    return lines
+
+
+def refuse_under_way(desk: Desk, before: Design, now: Design) -> None:
+    """
+    Raises:
+        LuthierError: more search was asked for while runs with the settings found before are under way.
+    """
+    if before.more.get("search") == now.more.get("search"):
+        return
+    recipes = before.more.get("search", {}).get("spaces", {})
+    busy = [one.name for one in before.trials() if one.recipe in recipes and desk.state(one) == "running"]
+    if busy:
+        raise LuthierError(f"{', '.join(busy)} under way with the settings found before.  Wait for the end, then search on.")
+
+
+def _with(design: Design, setting: str, recipe: str, values: dict[str, Any] | None) -> Design:
+    return replace(design, chosen={**design.chosen, setting: {**design.chosen.get(setting, {}), recipe: values}})
