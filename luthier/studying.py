@@ -25,7 +25,7 @@ __all__ = ["KINDS", "Kind", "Study", "study"]
 def study(
     place: str | Path,
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[Kind] | None = None,
     recipe: str = "lp-ft",
     data: Any = None,
     stage: str | None = None,
@@ -43,7 +43,7 @@ def study(
         place: a run folder; or a model (a folder, a hub id, ``demo``), with ``recipe`` and ``data``.
         kinds: ``ntk``, the kernel at the start of a stage; ``drift``, how far the features moved in each stage (a run only);
             ``clusters``, how the labels lie in each layer; ``forgetting``, which rows the last training lost (a run of a
-            classification only).
+            classification only). None = all that can be had.
         data, ood, out_domain, label_map: as in ``fit``; they go before the run's own.
         stage: at whose start the kernel is, and since when forgetting counts; None = the last one, and the last one that trains.
         general: the split that should not be forgotten; None = all shifted tests, else ``test``.
@@ -57,9 +57,10 @@ def study(
     say = narrator or Silent()
     path = Path(place)
     report = Report.load(path) if (path / "report.json").is_file() else None
+    asked = list(KINDS if kinds is None else kinds)
     for kind, why in _without(report).items():
-        if kind in kinds:
-            kinds = [one for one in kinds if one != kind]
+        if kind in asked:
+            asked.remove(kind)
             say.line(f"{kind} {why}, and is left out")
     known = recipes.read(recipe, seed=seed) if report is None else recipes.read(path / "recipe.yaml")
     called = _called(path) if report else {}
@@ -76,9 +77,14 @@ def study(
     after = models.reload(path / "model") if report else job.loaded.model
     subject = Subject(job, after, report, Replay(job, path if report else None, say), rows)
     found = []
-    for kind in kinds:
+    for kind in asked:
         with say.bar(kind, 1) as bar:
-            found.append(subject.study(kind, stage=stage, general=general))
+            try:
+                found.append(subject.study(kind, stage=stage, general=general))
+            except LuthierError as error:
+                if kinds is not None:
+                    raise
+                say.line(f"{kind} is left out: {error}")
             bar.advance(1)
     if report is not None:
         for one in found:

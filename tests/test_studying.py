@@ -11,6 +11,7 @@ import pytest
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.narrate import Silent
 from luthier.recipe.text import build
 from tests.little import recipe, same, sentences, weights
 
@@ -98,6 +99,22 @@ def test_between_stages_that_train_the_model_is_known_only_where_it_was_kept(tra
         assert "The model before 'second' is not known: 'first' trains, and its end was not kept." in told
         assert "luthier fit --keep-stages keeps it." in told
     assert max(map(len, found.lines)) <= 80
+
+
+def test_without_a_kind_named_what_cannot_be_had_is_left_out_and_told(trained_twice):
+    kept, folder = trained_twice
+
+    class Says(Silent):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def line(self, text: str = "") -> None:
+            self.lines.append(text)
+
+    say = Says()
+    found = {one.kind for one in luthier.study(folder, rows=6, narrator=say)}
+    assert found == {"drift", "clusters", "forgetting"} | ({"ntk"} if kept else set())
+    assert any(line.startswith("ntk is left out: ") and "--keep-stages" in line for line in say.lines) != kept
 
 
 def test_the_kernel_after_a_stage_that_trains_is_seen_where_it_was_kept(trained_twice):
