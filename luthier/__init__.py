@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from luthier.recipe.registry import INGREDIENTS
 
 if TYPE_CHECKING:
+    from luthier.comparing import compare
+    from luthier.comparison import Comparison
     from luthier.core.anatomy import Anatomy, Family
     from luthier.core.ingredient import Ingredient, ingredient
     from luthier.differing import differences
@@ -76,6 +78,8 @@ _WHERE = {
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
     "differences": "luthier.differing",
+    "compare": "luthier.comparing",
+    "Comparison": "luthier.comparison",
     "fit": "luthier.engine",
     "predict": "luthier.predictions",
     "soup": "luthier.soups",
@@ -108,6 +112,7 @@ __all__ = [
     "Best",
     "ChildTuning",
     "Clip",
+    "Comparison",
     "Conformal",
     "Discriminative",
     "EMoE",
@@ -144,6 +149,7 @@ __all__ = [
     "VectorScaling",
     "WiSE",
     "begin",
+    "compare",
     "compose",
     "differences",
     "fit",
