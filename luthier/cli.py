@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 failed in the run, 2 refused before it.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, RunError
 
 app = typer.Typer(
     add_completion=False,
@@ -247,7 +248,9 @@ def compare(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The comparison's folder; called again, it goes on there.")
     ] = Path("comparison"),
-    seeds: Annotated[str, typer.Option("--seeds", help="How many, or which: 5, or 0,3,7.")] = "5",
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="How many, or which: 5, or 0,3,7; 5 if not given.")
+    ] = None,
     vary: Annotated[
         str | None,
         typer.Option("--vary", help="Streams that vary each by itself, a full grid: head,order (and dropout)."),
@@ -269,39 +272,96 @@ def compare(
         list[str] | None,
         typer.Option("--set", help="PATH=VALUE in all recipes, or NAME:PATH=VALUE in one; may be repeated."),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this machine.")] = 1,
+    early: Annotated[
+        str | None,
+        typer.Option(
+            "--early",
+            help="start=20,share=0.3,keep=5: 20 seeds start, all pause at 0.3 of their steps, the 5 best go on.",
+        ),
+    ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            help="Find a setting first: [NAME:]PATH=SPACE, a space being log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH[:STEP] "
+            "or one:A,B,C; may be repeated.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Of search for each recipe: 20 (runs) or 30min; 10 runs if not given."),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="How many runs at a time.")] = 1,
+    on: Annotated[
+        str,
+        typer.Option("--on", help="Where they are done: local, ray (RAY_ADDRESS, else this machine) or slurm."),
+    ] = "local",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option("--slurm", help="KEY=VALUE of a job: partition, timeout_min, gpus_per_node; may be repeated."),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option("--save-every", min=1, help="Steps between checkpoints; a twentieth of the time if not given."),
+    ] = None,
+    print_jobs: Annotated[
+        bool, typer.Option("--print-jobs", help="Run nothing: print a line of shell for each run that is left.")
+    ] = False,
     demo: DemoOption = False,
 ) -> None:
     """Run several recipes over several seeds, and tell what their differences are worth."""
     from luthier.comparing import compare as compared
+    from luthier.comparing import designed, jobs
     from luthier.console import narrator
+    from luthier.trials.places import parameters
 
     if not recipe:
         raise LuthierError("--recipe must be given, once for each recipe to compare.")
     one, rows, _ = _sources(model[0] if model else None, data[0] if data else None, demo)
-    say = narrator()
-    found = compared(
-        recipe,
-        model=model or one,
-        data=data or rows,
-        out=out,
-        seeds=_seeds(seeds),
-        vary=vary.split(",") if vary else (),
-        metric=metric,
-        against=against,
-        text=text,
-        text_pair=text_pair,
-        label=label,
-        task=task,
-        ood=_named(ood),
-        out_domain=out_domain,
-        label_map=_mapped(label_map),
-        sets=[*DEMO_SETS, *(sets or ())] if demo else sets or (),
-        workers=workers,
-        narrator=say,
-    )
+    say = narrator(to_stderr=print_jobs)
+    asked: dict[str, Any] = {
+        "model": model or one,
+        "data": data or rows,
+        "out": out,
+        "seeds": None if seeds is None else _seeds(seeds),
+        "vary": vary.split(",") if vary else (),
+        "metric": metric,
+        "against": against,
+        "early": early,
+        "text": text,
+        "text_pair": text_pair,
+        "label": label,
+        "task": task,
+        "ood": _named(ood),
+        "out_domain": out_domain,
+        "label_map": _mapped(label_map),
+        "sets": [*DEMO_SETS, *(sets or ())] if demo else sets or (),
+        "search": search or (),
+        "budget": budget,
+        "narrator": say,
+    }
+    if print_jobs:
+        if on != "local" or workers != 1 or slurm:
+            raise LuthierError("--print-jobs runs nothing, so --on, --workers and --slurm have no say; leave them out.")
+        for line in jobs(out, designed(recipe, **asked), save_every):
+            typer.echo(line)
+        say.line(f"when they are done: luthier gather {shlex.quote(str(out.absolute()))}")
+        return
+    place: dict[str, Any] = {"on": on, "workers": workers, "slurm": parameters(slurm or []), "save_every": save_every}
+    found = compared(recipe, **asked, **place)
     say.line()
     say.show(found)
+
+
+@app.command()
+def gather(comparison: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
+    """Tell what the runs of a comparison say that are done now; writes its comparison.json and compare.html anew."""
+    from luthier.comparing import tell
+    from luthier.console import narrator
+
+    say = narrator()
+    say.show(tell(comparison))
+    say.line(f"page: {comparison / 'compare.html'}")
 
 
 @app.command()
@@ -310,11 +370,21 @@ def work(
     only: Annotated[
         list[str] | None, typer.Argument(help="Names of runs, as in its folder runs/; all that are left without.")
     ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option("--save-every", min=1, help="Steps between checkpoints; a twentieth of the time if not given."),
+    ] = None,
 ) -> None:
-    """Do runs of a comparison that no one has yet; any number of processes and machines may share its folder."""
+    """Do runs of a comparison that no one has yet; any number of processes and machines may share its folder.
+
+    With names, it fails when one of these runs has.
+    """
+    from luthier.trials.work import failures
     from luthier.trials.work import work as done
 
-    typer.echo(f"{done(comparison, only=only or ())} runs done here")
+    typer.echo(f"{done(comparison, only=only or (), save_every=save_every)} runs done here")
+    if told := failures(comparison, only or ()):
+        raise RunError("\n".join(told))
 
 
 @app.command()
@@ -355,7 +425,7 @@ def study(
     from luthier.studying import study as looked
 
     chosen = {"ntk": ntk, "drift": drift, "clusters": clusters, "forgetting": forgetting}
-    kinds = [kind for kind in KINDS if chosen[kind]] or list(KINDS)
+    kinds = [kind for kind in KINDS if chosen[kind]] or None
     say = narrator()
     for one in looked(
         place,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipe_text
 from luthier.recipe.recipe import Recipe
 from luthier.stock import Stock
+from luthier.trials import budget as budgets
 from luthier.trials import design as designs
-from luthier.trials import workers as places
+from luthier.trials import proposals, spaces
+from luthier.trials import workers as crews
 from luthier.trials.design import Asked, Design, spread
 from luthier.trials.desk import Desk
+from luthier.trials.early import Early, turns
 from luthier.trials.gather import gather
+from luthier.trials.misleading import misleads
+from luthier.trials.places import On, Place
+from luthier.trials.searched import refuse_under_way, searches, waiting
 from luthier.trials.sources import stored
 from luthier.trials.watch import Watch
 
@@ -35,7 +42,7 @@ def compare(
     model: Any,
     data: Any = None,
     out: str | Path,
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Sequence[int] | None = None,
     vary: Sequence[str] = (),
     metric: str | None = None,
     against: str | None = None,
@@ -47,6 +54,9 @@ def compare(
     out_domain: Any = None,
     label_map: Mapping[str, Mapping[str, str]] | None = None,
     sets: Sequence[str] = (),
+    search: Sequence[str] = (),
+    budget: int | str | None = None,
+    early: str | None = None,
     workers: int = 1,
     on: On = "local",
     slurm: Mapping[str, Any] | None = None,
@@ -62,12 +72,17 @@ def compare(
         recipes: shipped names, files or Recipes; ``NAME=RECIPE`` or a dict gives them other names.
         model, data: as ``fit`` takes them; a list means each with each. What lies in memory is written into ``out``.
         out: the folder of the comparison.
-        seeds: how many, or which.
+        seeds: how many, or which; 5 when not given.
         vary: streams (head, order, dropout) that get the seeds each by itself, a full grid; empty varies all together.
         metric: what is compared; None = the task's own.
         against: the one recipe that all others are compared with; None compares all pairs, which needs more seeds.
         text, text_pair, label, task, ood, out_domain, label_map: as ``fit`` takes them.
         sets: changes to all recipes (``max_length=128``), or to one (``ft:stages.finetune.epochs=10``).
+        search: settings to be found before the runs, ``PATH=SPACE`` for all recipes that have PATH, or ``NAME:PATH=SPACE`` for one. A space
+            is ``log:LOW:HIGH``, ``float:LOW:HIGH``, ``int:LOW:HIGH[:STEP]`` or ``one:A,B,C``. All runs have what was best on validation.
+        budget: of search for each recipe that has a space: runs, or minutes of training (``"30min"``); None = 10 runs.
+        early: such as ``start=20,share=0.3,keep=5``: 20 seeds of each recipe start, all pause after 0.3 of their steps, and the 5 best on
+            validation go on. Those are no random sample of seeds, so no difference is claimed. None: all runs go to their end.
         workers: how many runs at a time; 1 is this process. With more each has its share of the cores, which moves last bits.
         on: ``local``, this machine; ``ray``, the cluster at RAY_ADDRESS, or one of this machine; ``slurm``, jobs through submitit.
             Nodes must share ``out``, at the same path and with locks that count for all of them, and have Luthier installed.
@@ -80,12 +95,67 @@ def compare(
     Raises:
         LuthierError: something is wrong with a recipe, the data or the model, before the first run; or no run has ended well.
     """
+    place = Place(on, workers, slurm or {}, save_every)
+    place.check()
+    design = designed(
+        recipes,
+        model=model,
+        data=data,
+        out=out,
+        seeds=seeds,
+        vary=vary,
+        metric=metric,
+        against=against,
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        task=task,
+        ood=ood,
+        out_domain=out_domain,
+        label_map=label_map,
+        sets=sets,
+        search=search,
+        budget=budget,
+        early=early,
+        narrator=narrator,
+    )
+    return finish(Desk(Path(out)), design, narrator or Silent(), place)
+
+
+def designed(
+    recipes: Recipes,
+    *,
+    model: Any,
+    data: Any = None,
+    out: str | Path,
+    seeds: int | Sequence[int] | None = None,
+    vary: Sequence[str] = (),
+    metric: str | None = None,
+    against: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    ood: Mapping[str, Any] | None = None,
+    out_domain: Any = None,
+    label_map: Mapping[str, Mapping[str, str]] | None = None,
+    sets: Sequence[str] = (),
+    search: Sequence[str] = (),
+    budget: int | str | None = None,
+    early: str | None = None,
+    narrator: Narrator | None = None,
+) -> Design:
+    """What ``compare`` begins with: everything is checked, and the design is in ``out``, so that any process can do a run of it.
+
+    Args and errors are those of ``compare``.
+    """
     say = narrator or Silent()
     desk = Desk(Path(out))
     _refuse(desk.path)
     known = _recipes(recipes, [*sets, *([f"task={task}"] if task else [])])
     _named(known, metric, against)
-    numbers = spread(seeds, vary)
+    stop = None if early is None else Early.read(early)
+    numbers = _numbers(seeds, vary, stop, bool(search))
     calls = [
         Call.of(
             model=stored(one, desk.path / _numbered("model", at)),
@@ -101,24 +171,43 @@ def compare(
         for number, rows in enumerate(_several(data))
     ]
     plain = {name: {**recipe.to_dict(), "seed": 0, "seeds": None} for name, recipe in known.items()}
-    asked = Design(plain, _settings(calls), numbers, metric, against)
+    more: dict[str, Any] = {} if stop is None else {"early": dataclasses.asdict(stop)}
+    if search:
+        proposals.needed()
+        more["search"] = {"spaces": spaces.asked(search, known), "budget": budgets.read(budget)}
+    elif budget is not None:
+        raise LuthierError.of([Fault("--budget", "must come with --search, whose it is")], "the search")
+    asked = Design(plain, _settings(calls), numbers, metric, against, more)
     if (desk.path / designs.NAME).is_file():
-        asked = asked.grown(Design.load(desk.path))
+        before = Design.load(desk.path)
+        asked = asked.grown(before)
+        refuse_under_way(desk, before, asked)
     _check(asked, say)
     asked.save(desk.path)
     for trial in asked.trials():
         desk.forgive(trial)
-    return finish(desk, asked, say, workers)
+    for one in searches(desk, asked):
+        one.again()
+    return asked
 
 
-def finish(desk: Desk, design: Design, say: Narrator, workers: int) -> Comparison:
+def jobs(folder: str | Path, design: Design, save_every: int | None = None) -> list[str]:
+    """A line of shell for each run that is left. Any number of processes may take them, in any order; one done twice does nothing."""
+    desk = Desk(Path(folder))
+    open_, held = {trial for trial, _ in turns(desk, design)}, waiting(desk, design)
+    left = [trial.name for trial in design.trials() if trial in open_ or (trial.setting, trial.recipe) in held]
+    told = Place(save_every=save_every).arguments()
+    return [shlex.join(["luthier", "work", str(desk.path.absolute()), name, *told]) for name in left]
+
+
+def finish(desk: Desk, design: Design, say: Narrator, place: Place) -> Comparison:
     """Does what is left of a comparison, and tells it."""
-    watch = Watch(desk, design, workers=max(1, workers))
+    watch = Watch(desk, design, workers=max(1, place.workers))
     there = len(list(watch.news()))
     if there:
         say.line(f"{there} of {len(design.trials())} runs are done already")
     if there < len(design.trials()):
-        places.here(watch, say) if workers == 1 else places.beside(watch, say, workers)
+        crews.do(place, watch, say)
     return tell(desk.path, design)
 
 
@@ -211,6 +300,26 @@ def _named(recipes: Mapping[str, Recipe], metric: str | None, against: str | Non
         raise LuthierError.of(faults, "the comparison")
 
 
+def _numbers(
+    seeds: int | Sequence[int] | None, vary: Sequence[str], early: Early | None, searched: bool
+) -> tuple[dict[str, int], ...]:
+    """The seeds of every recipe: with early stopping as many as start."""
+    if early is None:
+        return spread(5 if seeds is None else seeds, vary)
+    faults = []
+    if searched:
+        do = "What is found may change the schedule, which must be known beforehand: search, then compare what was found."
+        faults.append(Fault("--search", "cannot be beside --early", do=do))
+    if vary:
+        do = "Where the spread comes from is told from a full grid of finished runs; drop one."
+        faults.append(Fault("--vary", "cannot be beside --early", ", ".join(vary), do))
+    if seeds is not None and list(range(seeds) if isinstance(seeds, int) else seeds) != list(range(early.start)):
+        faults.append(Fault("--seeds", f"must be the {early.start} that --early starts", str(seeds), "Leave it out."))
+    if faults:
+        raise LuthierError.of(faults, "--early")
+    return spread(early.start, ())
+
+
 def _several(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list) else [given]
 
@@ -243,16 +352,21 @@ def _check(design: Design, say: Narrator) -> None:
         jobs: dict[str, Job] = {}  # by what of a recipe decides how the data and the model are read
         for name in design.recipes:
             recipe = design.recipe(design.trial(asked.name, name, design.seeds[0]))
+            where = name if len(design.settings) == 1 else f"{asked.name}: {name}"
             kind = json.dumps([recipe.task, recipe.max_length, recipe.head])
             try:
                 if kind in jobs:
-                    fits(recipe, jobs[kind])
+                    plan = fits(recipe, jobs[kind])
                 else:
                     jobs[kind] = _job(recipe, asked.call, say if not jobs else Silent(), stock)
+                    plan = jobs[kind].plan
+                if early := Early.of(design):
+                    looks = misleads(plan, early.share, validation="validation" in jobs[kind].encoded)
+                    faults += [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in looks]
             except LuthierError as error:
                 if not jobs:
                     raise  # the data or the model: no recipe can do with it
-                faults += _inside(name if len(design.settings) == 1 else f"{asked.name}: {name}", error)
+                faults += _inside(where, error)
     if faults:
         raise LuthierError.of(faults, "the recipes for this model and data")
 

@@ -137,7 +137,8 @@ class Comparison:
         reliability: by setting, by recipe, ``{"before": bins, "after": bins}`` on the shown split, all seeds together.
         variance: by setting, by recipe, where the spread comes from when streams vary apart; else empty.
         chosen: by recipe, how its settings were searched for: tried, space, values, validation; else empty.
-        early: how bad runs were stopped early: started, share, kept, cost and saving in steps; else empty.
+        early: how bad runs were stopped early, by recipe: started, share, kept, steps_taken, steps_full (had all been finished), saved
+            (a share), runs_equivalent (full runs that cost as much); else empty.
         notes: what else to know; failed runs are named here.
         asked: the design, as design.json has it.
     """

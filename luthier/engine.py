@@ -36,7 +36,6 @@ from luthier.stock import Stock
 from luthier.trace import Hooks, Trace
 from luthier.units import forget_peak, memory_peak
 
-PAUSED = "paused.json"  # in the run folder: how the run did when it paused
 SAVE_SECONDS = 120.0  # between checkpoints, when no number of steps is given
 
 
@@ -321,7 +320,7 @@ class _Fitting:
         if self.folder:
             steps = {"share": self.pause_at, "steps": self.trace.steps, "of": whole}
             told = {**steps, "metric": self.job.metric, "scores": scores, "seconds": self.trace.seconds}
-            self.folder.write_json(PAUSED, told)
+            self.folder.write_json("paused.json", told)
         raise Paused(scores, self.trace.steps, whole)
 
     def _write_step(self, run: Run) -> None:

@@ -154,8 +154,8 @@ def prepare(
     return Job(recipe, found, decided, loaded, encoded, plan, recipe.metric or decided.metric, tuple(warnings), shared)
 
 
-def fits(recipe: Recipe, job: Job, *, voids: Sequence[Claim] = ()) -> None:
-    """Checks that ``recipe`` can be made of the model and the data of ``job``; loads and trains nothing.
+def fits(recipe: Recipe, job: Job, *, voids: Sequence[Claim] = ()) -> Plan:
+    """The plan of ``recipe`` for the model and the data of ``job``, if there can be one; loads and trains nothing.
 
     Raises:
         LuthierError: it cannot; all faults.
@@ -166,7 +166,7 @@ def fits(recipe: Recipe, job: Job, *, voids: Sequence[Claim] = ()) -> None:
     lengths = (*train, *(other.lengths if other is not None else ()))
     many = len(other) if other is not None else 0
     shape, around = skeleton(job.loaded.model), [*voids, *absent]
-    compose(recipe, shape, lengths=lengths, out_domain=many, voids=around, goes_on=True)
+    return compose(recipe, shape, lengths=lengths, out_domain=many, voids=around, goes_on=True)
 
 
 def _judged_by(recipe: Recipe) -> dict[str, str]:

@@ -44,12 +44,12 @@ class Paused(RunError):
 
     Args:
         score: of the validation rows, by metric, for the weights that the stage would end with now.
-        steps: taken so far; of: all that the plan has.
+        steps: taken so far; whole: all that the plan has.
     """
 
-    def __init__(self, score: dict[str, Any], steps: int, of: int) -> None:
-        self.score, self.steps, self.of = score, steps, of
-        super().__init__(f"paused after {steps} of {of} steps; --resume goes on from there")
+    def __init__(self, score: dict[str, Any], steps: int, whole: int) -> None:
+        self.score, self.steps, self.whole = score, steps, whole
+        super().__init__(f"paused after {steps} of {whole} steps; --resume goes on from there")
 
 
 def pause_step(share: float, steps: int) -> int:

@@ -19,7 +19,7 @@ from luthier.recipe.text import read
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "luthier"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPTIONAL = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "mlflow", "trackio"}
+OPTIONAL = {"peft", "datasets", "pyarrow", "tensorboard", "wandb", "mlflow", "trackio", "optuna", "ray", "submitit"}
 
 
 def modules(tree: ast.AST, *, everywhere: bool = True) -> Iterator[str]:

@@ -53,7 +53,7 @@ def render(comparison: Comparison) -> str:
             cards=tables.cards(comparison, scale),
             sections=[_section(comparison, at, scale) for at in range(len(comparison.settings))],
             scale=scale,
-            heads={"levels": tables.LEVELS, "versus": tables.VERSUS},
+            heads={"levels": tables.LEVELS, "versus": tables.VERSUS, "early": tables.EARLY},
             chosen=tables.chosen(comparison.chosen, scale),
             early=tables.early(comparison.early),
             asked=_asked(comparison.asked),

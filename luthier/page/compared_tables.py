@@ -186,14 +186,33 @@ def flat(value: Any) -> str:
     return json.dumps(plain(value), ensure_ascii=False).replace('"', "").strip("{}")
 
 
-def early(told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Facts on early stopping, as (name, value); a share is told in per cent, cost and saving in steps."""
-    return [(name.replace("_", " "), _fact(name, value)) for name, value in told.items()]
+EARLY = ("recipe", "started", "paused at", "went on", "steps taken", "of all", "spared", "as full runs")
 
 
-def _fact(name: str, value: Any) -> str:
-    if name == "share" and known(value):
-        return f"{100 * value:.0f}\u00a0%"
-    if name in ("cost", "saving") and known(value):
-        return f"{value:,.0f} steps"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else flat(value)
+def early(told: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """What starting many and stopping most cost, a row a recipe, in the columns of ``EARLY``."""
+    return [
+        (
+            recipe,
+            flat(one.get("started")),
+            percent(one.get("share")),
+            flat(one.get("kept")),
+            _steps(one.get("steps_taken")),
+            _steps(one.get("steps_full")),
+            percent(one.get("saved")),
+            f"{one['runs_equivalent']:.1f}" if known(one.get("runs_equivalent")) else "–",
+        )
+        for recipe, one in told.items()
+    ]
+
+
+def percent(share: Any) -> str:
+    """
+    >>> percent(0.25), percent(None)
+    ('25\\xa0%', '–')
+    """
+    return f"{100 * share:.0f}\u00a0%" if known(share) else "–"
+
+
+def _steps(value: Any) -> str:
+    return f"{value:,}" if known(value) else "–"

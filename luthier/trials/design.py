@@ -13,7 +13,8 @@ from luthier.call import Call
 from luthier.errors import Fault, LuthierError
 from luthier.jsonfile import read_as, write_whole
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.text import build
+from luthier.recipe.text import build, read
+from luthier.trials import spaces
 
 NAME = "design.json"
 SCHEMA = 1
@@ -55,6 +56,7 @@ class Design:
         metric: what is compared; None = the task's own.
         against: the recipe that the others are compared with; None compares all with all.
         more: what a search or an early stop adds; see their files.
+        chosen: by setting, by recipe, values by path that go before the recipe's own (None: a search found none); not saved.
     """
 
     recipes: dict[str, Any]
@@ -63,6 +65,7 @@ class Design:
     metric: str | None = None
     against: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def trials(self) -> tuple[Trial, ...]:
         """All runs, seed by seed, so that a comparison that was stopped has seen every recipe about equally often."""
@@ -78,8 +81,16 @@ class Design:
         return Trial(setting, recipe, tuple(seeds.items()), f"{inside}{recipe}-{which}")
 
     def recipe(self, trial: Trial) -> Recipe:
-        """The recipe of ``trial``, with its seeds."""
-        return build({**self.recipes[trial.recipe], **seeded(trial.seeds)}, inside=trial.recipe)
+        """The recipe of ``trial``, with its seeds.
+
+        Raises:
+            LuthierError: there are no values for it, or it refuses them.
+        """
+        made = build({**self.recipes[trial.recipe], **seeded(trial.seeds)}, inside=trial.recipe)
+        values = self.chosen.get(trial.setting, {}).get(trial.recipe, {})
+        if values is None:
+            raise LuthierError(f"{trial.recipe}: none of the settings that its search tried ended well.")
+        return read(made, sets=spaces.changes(values)) if values else made
 
     def call(self, trial: Trial) -> Call:
         """The model and data of ``trial``."""
@@ -87,7 +98,8 @@ class Design:
 
     def save(self, folder: Path) -> None:
         """Writes design.json into ``folder``, whole or not at all."""
-        write_whole(folder / NAME, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n")
+        told = {"schema": SCHEMA, **asdict(replace(self, chosen={}))}
+        write_whole(folder / NAME, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Design:
@@ -130,16 +142,22 @@ class Design:
             )
             for what, now, then in (
                 ("data and model", self.settings, before.settings),
-                ("search", self.more, before.more),
+                *((key, self.more.get(key), before.more.get(key)) for key in ({*self.more, *before.more} - {"search"})),
             )
             if now != then
         ]
+        shared = [name for name in self.recipes if name in before.recipes]
+        search = spaces.grown(self.more.get("search"), before.more.get("search"), shared)
+        if search is None:
+            must = "must be what it was when this comparison began; --budget may grow, in the same unit"
+            faults.append(Fault("--search", must, do="Choose another --out."))
         if set(map(frozenset, self.seeds)) != set(map(frozenset, before.seeds)):  # the streams that vary
             faults.append(Fault("--vary", "must be what it was when this comparison began", do="Choose another --out."))
         if faults:
             raise LuthierError.of(faults, "the comparison that is there")
         seeds = [*before.seeds, *(one for one in self.seeds if one not in before.seeds)]
-        return replace(self, recipes={**before.recipes, **self.recipes}, seeds=tuple(seeds))
+        more = {**self.more, **({"search": search} if search else {})}
+        return replace(self, recipes={**before.recipes, **self.recipes}, seeds=tuple(seeds), more=more)
 
 
 def seeded(seeds: Sequence[tuple[str, int]] | Mapping[str, int]) -> dict[str, Any]:

@@ -63,6 +63,14 @@ class Desk:
             return "failed"
         return "running" if self._held(trial) else "open"
 
+    def paused(self, trial: Trial) -> dict[str, Any] | None:
+        """How the run did when it paused; None when it never did. It stays when the run goes on."""
+        try:
+            told: dict[str, Any] = json.loads((self.run(trial) / "paused.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return told
+
     def fail(self, trial: Trial, why: str) -> None:
         """Writes down why the run ended with an error."""
         told = {"why": why, "host": platform.node(), "process": os.getpid()}
@@ -106,13 +114,18 @@ class Desk:
 
     def progress(self, trial: Trial) -> float:
         """The share of a run's steps that are taken, from its log."""
+        taken, planned = self.steps(trial)
+        return min(1.0, taken / planned) if planned else 0.0
+
+    def steps(self, trial: Trial) -> tuple[int, int]:
+        """Optimizer steps that a run has taken, from its log, and that it has in all; 0 of 0 before it began."""
         try:
             told = json.loads((self.run(trial) / "plan.json").read_text(encoding="utf-8"))
-            steps = sum(stage["steps"] or 0 for stage in told["stages"])
-            taken = (self.run(trial) / "log.jsonl").read_bytes().count(b"\n")
+            planned = sum(stage["steps"] or 0 for stage in told["stages"])
+            log = self.run(trial) / "log.jsonl"
+            return (log.read_bytes().count(b'"learning_rate"') if log.is_file() else 0), planned
         except (OSError, ValueError, KeyError):
-            return 0.0
-        return min(1.0, taken / steps) if steps else 0.0
+            return 0, 0
 
     def report(self, trial: Trial) -> dict[str, Any]:
         """The run's report.json as plain values."""

@@ -21,7 +21,10 @@ from luthier.statistics.budget import best_of
 from luthier.statistics.variance import decompose, grid
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
-from luthier.trials.pairs import ALPHA, Seen, unit_of, versus
+from luthier.trials.early import Early, picked, stopped
+from luthier.trials.pairs import ALPHA, Seen, couples, unit_of, versus
+from luthier.trials.searched import chosen, searches
+from luthier.trials.spared import cost
 
 
 def gather(folder: str | Path, design: Design | None = None) -> Comparison:
@@ -34,7 +37,9 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
     known = design or Design.load(desk.path)
     trials = known.trials()
     reports = {trial.name: Report.load(desk.run(trial)) for trial in trials if desk.done(trial)}
-    rows = [_row(desk, trial, reports.get(trial.name)) for trial in trials]
+    stop, gone, these = Early.of(known), stopped(desk, known), picked(desk, known)
+    rows = [_row(desk, trial, reports.get(trial.name), trial in gone) for trial in trials]
+    reports = {trial.name: reports[trial.name] for trial in trials if trial in these and trial.name in reports}
     if not reports:
         failed = next((row for row in rows if row.why), None)
         why = f"{failed.name}: {_last(failed.why)}" if failed else "none is done"
@@ -56,11 +61,13 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
         trials=tuple(rows),
         levels=tuple(levels),
         versus=tuple(pairs),
-        outcome=_outcome(pairs, several=len(found) > 1),
-        notes=tuple(_notes(rows, levels, found)),
+        outcome=_outcome(pairs, several=len(found) > 1) + tuple(told for one in found for told in one.apart()),
+        notes=(*_searched(desk, known), *([stop.sentence(metric)] if stop else []), *_notes(rows, levels, found)),
         best_of={one.setting.name: one.best_of() for one in found},
         reliability={one.setting.name: one.reliability() for one in found},
         variance={one.setting.name: parts for one in found if (parts := one.variance())},
+        chosen=chosen(desk, known),
+        early=cost(desk, known),
         asked={"seeds": list(known.seeds), "against": known.against, "alpha": ALPHA, "recipes": known.recipes},
         path=str(folder),
     )
@@ -78,7 +85,7 @@ class _Told:
         desk: Desk,
         reports: dict[Trial, Report],
     ) -> None:
-        self.design, self.metric = design, metric
+        self.design, self.metric, self.selected = design, metric, Early.of(design) is not None
         self.rows = [row for row in rows if row.setting == name]
         self.runs = {trial: report for trial, report in reports.items() if trial.setting == name}
         self.outputs = {trial: kept(desk.run(trial)) for trial in self.runs}
@@ -93,7 +100,9 @@ class _Told:
             splits=tuple(first.splits),
             shown=first.shown or "",
             majority={split: runs.majority_share(out.targets) for split, out in outputs.items()} if classes else {},
-            chosen_on=next((report.chosen_on for report in self.runs.values() if report.chosen_on), ""),
+            chosen_on="validation"
+            if self.selected or any(one.setting == name for one in searches(desk, design))
+            else next((report.chosen_on for report in self.runs.values() if report.chosen_on), ""),
         )
 
     def of(self, recipe: str) -> list[Trial]:
@@ -105,7 +114,19 @@ class _Told:
         seen = [Seen(trial.recipe, trial.seeds, out) for trial, out in self.outputs.items()]
         recipes = [recipe for recipe in self.design.recipes if self.of(recipe)]
         against = self.design.against if self.design.against in recipes else None
-        return versus(self.setting, seen, recipes, self.metric, against)
+        return versus(self.setting, seen, recipes, self.metric, against, selected=self.selected)
+
+    def apart(self) -> list[str]:
+        """Of recipes whose runs were chosen: which have too few seeds in common to be paired."""
+        made = []
+        recipes = [recipe for recipe in self.design.recipes if self.of(recipe)] if self.selected else []
+        for one, other in couples(recipes, self.design.against if self.design.against in recipes else None):
+            both = {trial.seeds for trial in self.of(one)} & {trial.seeds for trial in self.of(other)}
+            if len(both) < 2:
+                many = f"{len(both) or 'no'} seed{'' if len(both) == 1 else 's'} in common"
+                made.append(f"{one} and {other} cannot be paired: the runs that they kept have {many}")
+        several = len(self.design.settings) > 1
+        return [f"{self.setting.name}: {told}" if several else told for told in made]
 
     def levels(self) -> list[Level]:
         return [
@@ -144,9 +165,9 @@ class _Told:
         )
 
     def best_of(self) -> dict[str, Any]:
-        """E[best of n] on validation by recipe."""
+        """E[best of n] on validation by recipe; not of runs that were chosen, which are no draws."""
         made = {}
-        for recipe in self.design.recipes:
+        for recipe in self.design.recipes if not self.selected else ():
             scored = [value for trial in self.of(recipe) if (value := self._score(trial, "validation")) is not None]
             if len(scored) > 1:
                 found = best_of(scored, higher_is_better=HIGHER_IS_BETTER[self.metric])
@@ -184,8 +205,11 @@ class _Told:
         return made
 
 
-def _row(desk: Desk, trial: Trial, report: Report | None) -> TrialRow:
+def _row(desk: Desk, trial: Trial, report: Report | None, gone: bool) -> TrialRow:
     seeds = dict(trial.seeds)
+    if gone:
+        seconds = float((desk.paused(trial) or {}).get("seconds", 0.0))
+        return TrialRow(trial.name, trial.setting, trial.recipe, seeds, "stopped", seconds=seconds)
     if report is None:
         why = desk.failure(trial)
         state = "open" if why is None else "failed"
@@ -236,6 +260,18 @@ def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_T
     shown = {one.setting.name: one.setting.shown for one in found}
     notes += [level.sentence for level in levels if level.sentence and level.split == shown[level.setting]]
     return list(dict.fromkeys(notes))
+
+
+def _searched(desk: Desk, design: Design) -> list[str]:
+    """How many trials each winner was chosen from, and which searches go on."""
+    notes = [
+        f"{name}: its settings were chosen from {one['tried']} trials"
+        + (f" ({one['failed']} failed)" if one["failed"] else "")
+        + " by validation; a score on the selecting split is optimistic"
+        for name, one in chosen(desk, design).items()
+    ]
+    left = [one.name for one in searches(desk, design) if not one.over]
+    return notes + ([f"the search of {', '.join(left)} is not over; the same command goes on"] if left else [])
 
 
 def _last(why: str) -> str:

@@ -40,16 +40,21 @@ def unit_of(metric: str) -> Unit:
 
 
 def versus(
-    setting: Setting, runs: Sequence[Seen], recipes: Sequence[str], metric: str, against: str | None = None
+    setting: Setting,
+    runs: Sequence[Seen],
+    recipes: Sequence[str],
+    metric: str,
+    against: str | None = None,
+    *,
+    selected: bool = False,
 ) -> list[Versus]:
     """Every pair of recipes on every split that nothing was chosen on: test and shifted tests, or validation where that is all.
 
     Args:
         against: only pairs with this recipe, which then comes second.
+        selected: whether the runs were chosen, so that their seeds are no random sample: differences are told where both recipes have
+            two seeds in common, and nothing is claimed of them.
     """
-    pairs = [(one, other) for other, one in combinations(recipes, 2)]
-    if against is not None:
-        pairs = [(one, against) for one in recipes if one != against]
     by: dict[str, dict[tuple[tuple[str, int], ...], Seen]] = {name: {} for name in recipes}
     for run in runs:
         by[run.recipe][run.seeds] = run
@@ -58,17 +63,28 @@ def versus(
     for family in ([setting.shown], shifted):
         many, single = [], []
         for split in family:
-            for one, other in pairs:
+            for one, other in couples(recipes, against):
                 both = [seeds for seeds in by[one] if seeds in by[other]]
-                if not both:
+                if len(both) < (2 if selected else 1):
                     continue
                 mine, theirs = ([by[name][seeds].outputs[split] for seeds in both] for name in (one, other))
-                if len(both) == 1:
+                if selected:
+                    single.append(
+                        _selected(setting, Pair(one, other, split, _difference(mine, theirs, metric)), metric)
+                    )
+                elif len(both) == 1:
                     single.append(_one_seed(setting, split, one, other, mine[0], theirs[0], metric))
                 else:
                     many.append(Pair(one, other, split, _difference(mine, theirs, metric)))
         made += [_told(setting, verdict, metric) for verdict in _judged(many)] + single
     return made
+
+
+def couples(recipes: Sequence[str], against: str | None) -> list[tuple[str, str]]:
+    """The recipes to compare, two and two: all, or each with ``against``, which comes second."""
+    if against is not None:
+        return [(one, against) for one in recipes if one != against]
+    return [(one, other) for other, one in combinations(recipes, 2)]
 
 
 def _judged(pairs: Sequence[Pair]) -> tuple[Verdict, ...]:
@@ -138,6 +154,32 @@ def _told(setting: Setting, verdict: Verdict, metric: str) -> Versus:
         visible=verdict.visible if math.isfinite(verdict.visible) else None,
         needed=verdict.needed,
         sentence=sentence(verdict, unit=unit_of(metric)),
+    )
+
+
+def _selected(setting: Setting, pair: Pair, metric: str) -> Versus:
+    """Runs that were chosen by validation: their mean difference, of which neither an interval nor a p would mean anything."""
+    found, unit = pair.found, unit_of(metric)
+    told = f"{unit.factor * found.mean:+.{unit.digits}f}{' ' + unit.name if unit.name else ''}"
+    seeds = f"{told} over the {found.seeds} seeds that both kept"
+    why = "their runs were chosen by validation, so they are no random sample of seeds"
+    return Versus(
+        setting=setting.name,
+        split=pair.on,
+        one=pair.one,
+        other=pair.other,
+        value=found.mean,
+        low=found.mean,
+        high=found.mean,
+        by_seed=found.by_seed,
+        p=1.0,
+        corrected=1.0,
+        comparisons=1,
+        test="none",
+        claimed=False,
+        visible=None,
+        needed=None,
+        sentence=f"nothing is claimed of {pair.one} and {pair.other} on {pair.on} ({seeds}): {why}",
     )
 
 

@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.scores import HIGHER_IS_BETTER
-from luthier.errors import LuthierError
 from luthier.jsonfile import write_whole
-from luthier.trials import proposals
+from luthier.trials import budget, proposals
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
 from luthier.trials.spaces import parse
 
 SEED = 10_000
-HOPELESS = 10  # trials; a search by minutes whose first ones all failed is over
 
 Do = Callable[[Trial, Design], None]  # does a run, or writes down why it failed
+
+
+def with_values(design: Design, setting: str, recipe: str, values: dict[str, Any] | None) -> Design:
+    """The design with ``values`` by path in one recipe; None makes its runs fail: there are none."""
+    return replace(design, chosen={**design.chosen, setting: {**design.chosen.get(setting, {}), recipe: values}})
 
 
 @dataclass(frozen=True)
@@ -85,40 +88,47 @@ class Search:
             if one is None:
                 return False
             begun = time.monotonic()
-            do(self.trial(one["number"]), _with(self.design, self.setting, self.recipe, one["values"]))
+            do(self.trial(one["number"]), with_values(self.design, self.setting, self.recipe, one["values"]))
             with self._alone():
                 self._settle({one["number"]: time.monotonic() - begun})
         return True
 
     def _taken(self, held: ExitStack) -> dict[str, Any] | None:
-        """A run that is now this process': one that was asked for and let go of, or a new one; else the winner is written, if all have ended."""
+        """A run that is now this process': one that was asked for and let go of, or a new one. None left: the winner is written."""
         told = self.told()
         left = [one for one in told if "score" not in one]
         for one in left:
-            if held.enter_context(self.desk.claimed(self.trial(one["number"]))):
+            if self._claimed(one["number"], held):
                 return one
-        if not self._spent(told):
-            spaces = {path: parse(space) for path, space in self.space.items()}
+        spaces = {path: parse(space) for path, space in self.space.items()}
+        if len(told) < proposals.combinations(spaces) and not budget.spent(self.budget, told):
             number, values = proposals.ask(self._file(".log"), self.name, spaces, told)
             new = {"number": len(told), "optuna": number, "values": values}
             self._keep(new)
-            return new if held.enter_context(self.desk.claimed(self.trial(new["number"]))) else None
+            return new if self._claimed(len(told), held) else None
         if not left:
             self._conclude(told)
         return None
 
-    def _spent(self, told: list[dict[str, Any]]) -> bool:
-        spaces = {path: parse(space) for path, space in self.space.items()}
-        if len(told) >= min(self.budget.get("runs", math.inf), proposals.combinations(spaces)):
-            return True
-        if "runs" in self.budget:
-            return False
-        ended = [one for one in told if "score" in one]
-        if len(ended) >= HOPELESS and all(one["score"] is None for one in ended):
-            return True
-        spent = sum(one["seconds"] for one in ended)
-        usual = spent / len(ended) if ended else 0.0  # of those under way
-        return bool(told) and spent + usual * (len(told) - len(ended)) >= 60 * self.budget["minutes"]
+    def _claimed(self, number: int, held: ExitStack) -> bool:
+        with ExitStack() as trying:
+            mine = trying.enter_context(self.desk.claimed(self.trial(number)))
+            if mine:
+                held.enter_context(trying.pop_all())
+        return mine
+
+    def again(self) -> None:
+        """Starts are counted anew; where every trial failed, all are tried again."""
+        with self._alone():
+            hopeless = self.over and (self.winner or {})["values"] is None
+            for one in self.told():
+                trial = self.trial(one["number"])
+                if hopeless:
+                    self._keep({name: one[name] for name in ("number", "optuna", "values")})
+                if hopeless or ("score" not in one and self.desk.failure(trial) is None):
+                    self.desk.forgive(trial)
+            if hopeless:
+                self._file(".json").unlink()
 
     def _settle(self, seconds: dict[int, float] | None = None) -> None:
         """Tells what came of the runs that have ended: to Optuna, then to the trial's file."""
@@ -128,11 +138,12 @@ class Search:
             if "score" in one or not (self.desk.done(trial) or why is not None):
                 continue
             report = self.desk.report(trial) if self.desk.done(trial) else {}
-            metric = self.design.metric or report.get("metric")
+            metric = self.design.metric or str(report.get("metric"))
             score = report.get("metrics", {}).get("validation", {}).get(metric)
-            if score is not None and not math.isfinite(score):
-                score = None
-            better = None if score is None else score if HIGHER_IS_BETTER[metric] else -score
+            if score is None or not math.isfinite(score):
+                score, better = None, None
+            else:
+                better = score if HIGHER_IS_BETTER[metric] else -score
             proposals.tell(self._file(".log"), self.name, one["optuna"], better)
             took = report.get("seconds") or (seconds or {}).get(one["number"], 0.0)
             self._keep({**one, "score": score, "metric": metric, "seconds": took})
@@ -143,15 +154,16 @@ class Search:
         sign = 1 if scored and HIGHER_IS_BETTER[scored[0]["metric"]] else -1
         best = max(scored, key=lambda one: (sign * one["score"], -one["number"]), default=None)
         before = self.winner
+        won = best or dict.fromkeys(("number", "values", "metric", "score"))
         found = {
             "tried": len(told),
             "failed": len(told) - len(scored),
             "budget": self.budget,
             "space": self.space,
-            "trial": best["number"] if best else None,
-            "values": best["values"] if best else None,
-            "metric": best["metric"] if best else None,
-            "validation": best["score"] if best else None,
+            "trial": won["number"],
+            "values": won["values"],
+            "metric": won["metric"],
+            "validation": won["score"],
             "seconds": sum(one["seconds"] for one in told),
             "trials": [{name: one[name] for name in ("values", "score", "seconds")} for one in told],
         }
@@ -184,71 +196,3 @@ class Search:
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def searches(desk: Desk, design: Design) -> tuple[Search, ...]:
-    """All searches of a comparison."""
-    spaces = design.more.get("search", {}).get("spaces", {})
-    return tuple(Search(desk, design, one.name, recipe) for one in design.settings for recipe in spaces)
-
-
-def search(desk: Desk, design: Design, do: Do) -> int:
-    """Does this process' share of all searches, in turn, until none has a run for it now; gives how many runs it did."""
-    done = 0
-    left = searches(desk, design)
-    while left:
-        left = tuple(one for one in left if one.step(do))
-        done += len(left)
-    return done
-
-
-def waiting(desk: Desk, design: Design) -> set[tuple[str, str]]:
-    """(setting, recipe) whose runs wait for a search that is not over."""
-    return {(one.setting, one.recipe) for one in searches(desk, design) if not one.over}
-
-
-def resolved(desk: Desk, design: Design) -> Design:
-    """The design whose recipes have the values that were found."""
-    for one in searches(desk, design):
-        if one.over:
-            design = _with(design, one.setting, one.recipe, (one.winner or {})["values"])
-    return design
-
-
-def chosen(desk: Desk, design: Design) -> dict[str, Any]:
-    """What was found, by recipe; with several settings by ``RECIPE on SETTING``."""
-    several = len(design.settings) > 1
-    found = ((one, one.winner) for one in searches(desk, design))
-    return {f"{one.recipe} on {one.setting}" if several else one.recipe: won for one, won in found if won}
-
-
-def progress(desk: Desk, design: Design) -> dict[str, str]:
-    """A line for each search that has begun: how far it is, and the best score so far."""
-    lines = {}
-    for one in searches(desk, design):
-        scores = [trial for trial in one.told() if "score" in trial]
-        good = [trial["score"] for trial in scores if trial["score"] is not None]
-        if scores:
-            of = f"/{one.budget['runs']}" if "runs" in one.budget else ""
-            spent = f", {sum(trial['seconds'] for trial in scores) / 60:.1f} of {one.budget.get('minutes')} min"
-            best = max(good) if good and HIGHER_IS_BETTER[scores[-1]["metric"]] else min(good, default=None)
-            lines[one.name] = f"search {one.name} {len(scores)}{of}{'' if of else spent}"
-            lines[one.name] += "" if best is None else f": best on validation {best:.4f}"
-    return lines
-
-
-def refuse_under_way(desk: Desk, before: Design, now: Design) -> None:
-    """
-    Raises:
-        LuthierError: more search was asked for while runs with the settings found before are under way.
-    """
-    if before.more.get("search") == now.more.get("search"):
-        return
-    recipes = before.more.get("search", {}).get("spaces", {})
-    busy = [one.name for one in before.trials() if one.recipe in recipes and desk.state(one) == "running"]
-    if busy:
-        raise LuthierError(f"{', '.join(busy)} under way with the settings found before.  Wait for the end, then search on.")
-
-
-def _with(design: Design, setting: str, recipe: str, values: dict[str, Any] | None) -> Design:
-    return replace(design, chosen={**design.chosen, setting: {**design.chosen.get(setting, {}), recipe: values}})

@@ -1,4 +1,4 @@
-"""Where a search looks: ``[RECIPE:]PATH=SPACE`` as frozen values, and how long it may. Nothing here knows of Optuna or of runs."""
+"""Where a search looks: ``[RECIPE:]PATH=SPACE`` as frozen values. Nothing here knows of Optuna or of runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from luthier.recipe import text as recipe_text
 from luthier.recipe.recipe import Recipe
 
 KINDS = "log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH[:STEP] or one:A,B,C"
-USUAL_RUNS = 10
-NEVER = ("name", "description", "seed", "seeds", "task", "metric", "data")  # no method's settings; a lucky seed least of all
+NEVER = (
+    "name",
+    "description",
+    "seed",
+    "seeds",
+    "task",
+    "metric",
+    "data",
+)  # no method's settings; a lucky seed least of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,9 @@ def asked(given: Sequence[str], recipes: Mapping[str, Recipe]) -> dict[str, dict
             continue
         places = {own: recipe_text.place(plain[own], path) for own in ([name] if colon else recipes)}
         if not any(places.values()):
-            faults.append(Fault(where, "must name a value that a recipe has", path, _hint(recipes[next(iter(places))], path)))
+            faults.append(
+                Fault(where, "must name a value that a recipe has", path, _hint(recipes[next(iter(places))], path))
+            )
         elif path.split(".")[0] in NEVER:
             faults.append(Fault(where, f"must not be of {', '.join(NEVER)}", path, "They are no settings of a method."))
         try:
@@ -158,26 +167,6 @@ def _hint(recipe: Recipe, path: str) -> str:
     return ""
 
 
-def budget(told: int | str | None) -> dict[str, Any]:
-    """How much search each recipe gets, the same for each: runs, or minutes of training.
-
-    >>> budget(None), budget("20"), budget("30min")
-    ({'runs': 10}, {'runs': 20}, {'minutes': 30.0})
-
-    Raises:
-        LuthierError: neither.
-    """
-    written = str(USUAL_RUNS if told is None else told).strip()
-    minutes = written.endswith("min")
-    try:
-        amount = float(written.removesuffix("min")) if minutes else int(written)
-    except ValueError:
-        amount = 0
-    if not (amount > 0 and math.isfinite(amount)):
-        raise LuthierError.of([Fault("--budget", "must be runs (20) or minutes (30min)", str(told))], "the search")
-    return {"minutes": amount} if minutes else {"runs": amount}
-
-
 def grown(now: Any, before: Any, shared: Sequence[str]) -> Any:
     """The search of a comparison that goes on with recipes that were not there before, or with more budget; None where they are at odds.
 
@@ -193,4 +182,6 @@ def grown(now: Any, before: Any, shared: Sequence[str]) -> Any:
     budgets = [one["budget"] for one in (theirs, mine) if one["budget"]]
     if len({tuple(one) for one in budgets}) > 1:
         return None  # runs before and minutes now
-    return {"spaces": spaces, "budget": {key: max(one[key] for one in budgets) for key in budgets[0]}} if budgets else {}
+    return (
+        {"spaces": spaces, "budget": {key: max(one[key] for one in budgets) for key in budgets[0]}} if budgets else {}
+    )

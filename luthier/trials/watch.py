@@ -11,6 +11,8 @@ from typing import Any
 from luthier.report import flat
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
+from luthier.trials.early import stopped, turns
+from luthier.trials.searched import progress, waiting
 from luthier.units import duration
 
 
@@ -27,12 +29,14 @@ class Watch:
     workers: int = 1
     _ended: dict[str, str] = field(default_factory=dict)
     _seconds: dict[str, list[float]] = field(default_factory=dict)
+    _searched: dict[str, str] = field(default_factory=dict)
 
     def news(self) -> Iterator[str]:
         """A line for each run that has ended since the last look."""
-        trials = self.design.trials()
+        trials, gone = self.design.trials(), stopped(self.desk, self.design)
+        held = waiting(self.desk, self.design)
         for trial in trials:
-            if trial.name in self._ended:
+            if trial.name in self._ended or (trial.setting, trial.recipe) in held:
                 continue
             state = self.desk.state(trial)
             if state == "done":
@@ -43,6 +47,9 @@ class Watch:
             elif state == "failed":
                 self._ended[trial.name] = "failed"
                 told = f"failed: {str(self.desk.failure(trial)).strip().splitlines()[-1][:100]}"
+            elif trial in gone:
+                self._ended[trial.name] = "stopped"
+                told = "stopped early"
             else:
                 continue
             yield f"{len(self._ended)}/{len(trials)} {trial.name}: {told}{self._left()}"
@@ -50,9 +57,18 @@ class Watch:
     def until(self, over: Callable[[], bool], *, every: float = 0.3) -> Iterator[str]:
         """The news until ``over()`` is true, and what is left of them then."""
         while not over():
+            yield from self.searched()
             yield from self.news()
             time.sleep(every)
+        yield from self.searched()
         yield from self.news()
+
+    def searched(self) -> Iterator[str]:
+        """A line for each search that has got further since the last look."""
+        for name, line in progress(self.desk, self.design).items():
+            if self._searched.get(name) != line:
+                self._searched[name] = line
+                yield line
 
     @property
     def over(self) -> bool:
@@ -65,10 +81,9 @@ class Watch:
         if not known:
             return None
         total = 0.0
-        for trial in self.design.trials():
-            if trial.name not in self._ended:
-                usual = statistics.fmean(self._seconds.get(trial.recipe) or known)
-                total += usual * (1.0 - self.desk.progress(trial))
+        for trial, share in turns(self.desk, self.design):
+            usual = statistics.fmean(self._seconds.get(trial.recipe) or known)
+            total += usual * max(0.0, (share or 1.0) - self.desk.progress(trial))
         return total / max(1, self.workers)
 
     def table(self) -> Any:
@@ -82,6 +97,8 @@ class Watch:
             pad_edge=False,
             title=f"{len(self._ended)} of {len(seeds)} runs{self._left()}",
             title_justify="left",
+            caption="\n".join(self._searched.values()) or None,
+            caption_justify="left",
         )
         table.add_column("")
         for column in columns:

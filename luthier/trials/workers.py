@@ -16,6 +16,7 @@ from luthier.errors import LuthierError
 from luthier.narrate import Narrator, Silent
 from luthier.stages import Stopped
 from luthier.trials.asking import GOES_ON, interruptible
+from luthier.trials.early import turns
 from luthier.trials.places import Place
 from luthier.trials.watch import Watch
 from luthier.trials.work import work
@@ -92,7 +93,10 @@ def led(crew: Crew, watch: Watch, narrator: Narrator) -> None:
     """Starts a crew, tells what it does, and asks it to stop when this process is; a second time ends it at once."""
     try:
         with interruptible():
-            crew.start()
+            try:
+                crew.start()
+            except KeyboardInterrupt:
+                raise Stopped(GOES_ON) from None
         with interruptible():  # anew: Ray has taken SIGTERM
             try:
                 _tell(watch, narrator, lambda: crew.over() or watch.over, every=crew.every)
@@ -104,7 +108,7 @@ def led(crew: Crew, watch: Watch, narrator: Narrator) -> None:
                 crew.ask()
                 _over(crew, GRACE)
                 raise Stopped(GOES_ON) from None
-        left = [trial.name for trial in watch.design.trials() if watch.desk.state(trial) == "open"]
+        left = [trial.name for trial, _ in turns(watch.desk, watch.design) if watch.desk.state(trial) == "open"]
         if left:
             raise LuthierError(f"the workers ended with {len(left)} runs left.  {crew.said()}")
     finally:
