@@ -198,10 +198,10 @@ def test_predicting_with_a_run_that_has_not_ended_is_refused(run, tmp_path):
 
 def test_exit_codes_and_messages_hold_for_the_installed_command(tmp_path):
     """Once through a real process: 0, and 2 with one message and no traceback."""
-    done = subprocess.run([sys.executable, "-m", "luthier.cli", "recipes"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "luthier", "recipes"], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, "lp-ft" in done.stdout) == (0, True)
     words = ["fit", "--model", str(tmp_path), "--data", str(tmp_path / "no.csv")]
-    done = subprocess.run([sys.executable, "-m", "luthier.cli", *words], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "luthier", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert "no.csv" in done.stderr
     assert "Traceback" not in done.stderr
