@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import luthier
-from luthier import engine, stages
+from luthier import fitting, stages
 from luthier.core.anatomy import Anatomy
 from luthier.core.heads import two_layers
 from luthier.core.seeds import borrowed
@@ -289,7 +289,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], dict[str, Te
         found.append((set(Anatomy.of(model, plan.family).select("head")), state(model)))
         return plain(job, plan, model, *rest, **more)
 
-    monkeypatch.setattr(engine.stages, "attach", seen)
+    monkeypatch.setattr(fitting.stages, "attach", seen)
     return found
 
 

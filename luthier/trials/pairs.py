@@ -136,7 +136,10 @@ _SCORES: dict[str, Callable[[Outputs], float]] = {
 
 
 def _told(setting: Setting, verdict: Verdict, metric: str) -> Versus:
-    seen, pair = verdict.interval, verdict.pair
+    seen, pair, told = verdict.interval, verdict.pair, sentence(verdict, unit=unit_of(metric))
+    optimistic = pair.on == setting.chosen_on
+    if optimistic:
+        told = f"nothing is claimed on {pair.on}, by which some recipe chose weights or rates; as numbers go, {told}"
     return Versus(
         setting=setting.name,
         split=pair.on,
@@ -150,10 +153,10 @@ def _told(setting: Setting, verdict: Verdict, metric: str) -> Versus:
         corrected=verdict.corrected,
         comparisons=verdict.comparisons,
         test=verdict.test,
-        claimed=verdict.claimed,
+        claimed=verdict.claimed and not optimistic,
         visible=verdict.visible if math.isfinite(verdict.visible) else None,
         needed=verdict.needed,
-        sentence=sentence(verdict, unit=unit_of(metric)),
+        sentence=told,
     )
 
 

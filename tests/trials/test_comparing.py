@@ -247,6 +247,20 @@ def test_several_data_sets_are_settings_of_their_own(tiny_model, data, tmp_path)
     assert len(found.trials) == 8 and all(one.startswith(("other: ", "data: ")) for one in found.outcome)
 
 
+def test_nothing_is_claimed_on_the_split_that_a_recipe_chose_by(tiny_model, tmp_path):
+    rows = sentences(120)
+    apart = {"train": rows[:80], "validation": rows[80:]}
+    bad = dataclasses.replace(recipe(BASE, steps=1, lr=1e-6), name="bad")
+    good = dataclasses.replace(recipe([*BASE, {"best": {"every": 40}}], steps=150, lr=3e-3), name="good")
+    plain = dataclasses.replace(recipe(BASE, steps=150, lr=3e-3), name="plain")
+    found = compare([bad, plain], model=tiny_model, data=apart, out=tmp_path / "out", seeds=3)
+    assert found.settings[0].shown == "validation" and found.versus[0].claimed
+    found = compare([bad, plain, good], model=tiny_model, data=apart, out=tmp_path / "out", seeds=3)
+    assert found.settings[0].chosen_on == "validation"
+    assert not any(one.claimed for one in found.versus)
+    assert "nothing is claimed on validation, by which some recipe chose" in found.versus[0].sentence
+
+
 def test_streams_vary_apart(tiny_model, data, tmp_path):
     found = compare([LP, FT], model=tiny_model, data=data, out=tmp_path / "out", seeds=2, vary=["head", "order"])
     assert [one.seeds for one in found.trials if one.recipe == "ft"] == [
