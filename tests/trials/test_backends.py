@@ -87,7 +87,7 @@ def test_on_ray_ctrl_c_asks_the_workers_to_save_and_goes_on_in_any_other_place(t
     log = out / "runs" / "longer-seed0" / "log.jsonl"
 
     def interrupt() -> None:
-        while not log.exists() or log.read_bytes().count(b"\n") < 20:
+        while not log.exists() or log.read_bytes().count(b'"learning_rate"') < 20:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
