@@ -13,10 +13,11 @@ import torch
 import transformers
 from common import BATCH, Rows, fresh, job, write
 
-from luthier import stages
+from luthier import probing
 from luthier.narrate import Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
+from luthier.trace import Trace
 
 
 def accuracy(made: object, model: torch.nn.Module) -> float:
@@ -28,7 +29,7 @@ def main() -> None:
     made = job("lp", limit=80)
     model = fresh(made)
     begun = time.perf_counter()
-    stages.solve(made, made.plan.stages[0], model, Placement(), stages.Trace(), Silent())
+    probing.solve(made, made.plan.stages[0], model, Placement(), Trace(), Silent())
     mine, my_score = time.perf_counter() - begun, accuracy(made, model)
 
     other = fresh(made)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier import checkpoint, rates, replay, stages
+from luthier import checkpoint, probing, rates, replay, stages
 from luthier.core.anatomy import Anatomy, select_all
 from luthier.folder import RunFolder
 from luthier.job import Job
@@ -119,7 +119,7 @@ class Fitting:
         if step is None:
             self.trace.starts.append([self.trace.steps, plan.name])
         if plan.stage.solver == "exact":
-            notes = stages.solve(job, plan, model, placement, self.trace, self.say)
+            notes = probing.solve(job, plan, model, placement, self.trace, self.say)
         else:
             notes = self._steps(plan, model, step)
         model = job.loaded.model

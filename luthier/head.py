@@ -180,15 +180,20 @@ def _spread(weight: Array, bias: Array, seen: Array, classes: int) -> tuple[Arra
     return wide, low
 
 
+def folds(labels: Array) -> bool:
+    """Whether the strength can be chosen by cross-validation: two classes or more, each with five rows."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return len(counts) > 1 and int(counts.min()) >= _FOLDS
+
+
 def _folds(features: Array, labels: Array) -> list[tuple[Array, Array, Array, Array]]:
     """Five stratified folds as (inside, its labels, outside, its labels); none when a class has fewer than five rows."""
     from sklearn.model_selection import StratifiedKFold
 
-    counts = np.unique(labels, return_counts=True)[1]
-    if len(counts) < 2 or counts.min() < _FOLDS:
+    if not folds(labels):
         return []
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0).split(features, labels)
-    return [(features[inside], labels[inside], features[outside], labels[outside]) for inside, outside in folds]
+    cut = StratifiedKFold(_FOLDS, shuffle=True, random_state=0).split(features, labels)
+    return [(features[inside], labels[inside], features[outside], labels[outside]) for inside, outside in cut]
 
 
 def solve_regression(

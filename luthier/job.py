@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from luthier.core.claims import Claim, Place
 from luthier.core.claims import voids as gone
@@ -50,6 +52,13 @@ class Job:
         wanted = self.encoded[split].targets
         assert wanted is not None  # prepare encodes every split with its labels
         return wanted
+
+    def rows_of(self, model: nn.Module, device: torch.device) -> tuple[object, ...]:
+        """What a frozen model's outputs on training and validation rows depend on beside its weights; a part of a stock's key."""
+        config: Any = getattr(model, "config", None)
+        told = config.to_json_string(use_diff=False) if config is not None else ""
+        rows = [self.encoded[name].digest for name in ("train", "validation", "out_domain") if name in self.encoded]
+        return *rows, self.pad_id, self.task.kind, told, str(device)
 
     @property
     def identity(self) -> dict[str, Any]:

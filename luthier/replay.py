@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier import stages
+from luthier import probing
 from luthier.checkpoint import atomically
 from luthier.core.anatomy import Anatomy, select_all
 from luthier.errors import Fault, LuthierError
@@ -109,7 +109,7 @@ class Replay:
         head = model.get_submodule(plan.anatomy.output or "")
         if plan.name not in self._heads:
             before = {name: value.detach().clone() for name, value in head.state_dict().items()}
-            stages.solve(self._job, plan, model, Placement(), Trace(), self._say)
+            probing.solve(self._job, plan, model, Placement(), Trace(), self._say)
             goes_on = set(before)
             if plan.stage.carry is not None:
                 chosen = select_all(Anatomy.of(model, plan.family), plan.stage.carry)

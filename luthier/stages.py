@@ -1,4 +1,4 @@
-"""One stage of a run: by steps, or by solving the head. The only training loop there is."""
+"""One stage of a run by steps. The only training loop there is."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier import frozen, head
+from luthier import frozen
 from luthier.core.anatomy import Anatomy
 from luthier.core.closure import Closure
 from luthier.core.context import Around
@@ -27,11 +26,12 @@ from luthier.narrate import Narrator
 from luthier.outputs import BATCH, logits, scores
 from luthier.placement import Placement
 from luthier.plan import StagePlan
+from luthier.probing import quickly
 from luthier.quick import QuickRandom, quicken
 from luthier.run import Run
 from luthier.sources import models
 from luthier.sources.text import collate
-from luthier.stock import Arrays, key
+from luthier.stock import key
 from luthier.trace import Hooks, Trace
 
 
@@ -204,19 +204,14 @@ def keep_frozen(job: Job, run: Run, inner: TaskLoss, placement: Placement, narra
     names = {part.name for part in plan.anatomy.parts if part.depth < plan.table.quiet_depth}
     weights = dict(run.model.named_parameters())
     below = {name: weights[name] for name in sorted(names)} | dict(run.model.named_buffers())
-    known = [*_same_rows(job, run.model, placement), models.digest(below), own]
-    with _evaluating(run), _quick(run.model, placement):
+    known = [*job.rows_of(run.model, placement.device), models.digest(below), own]
+    with _evaluating(run), quickly(run.model, placement):
         outputs.take(job.stock.get(key("frozen", *known), learn, most=1))
         fits = frozen.holds(run.model, outputs, list(own[:4]), batch)
     if not fits:
         return f"the outputs of {len(blocks)} frozen blocks cannot be replayed in this family and are computed anew each step"
     inner.frozen = outputs
     return f"the outputs of {len(blocks)} frozen blocks are computed once and kept ({size / 1e6:.0f} MB)"
-
-
-def _quick(model: nn.Module, placement: Placement) -> AbstractContextManager[Any]:
-    """Quick linear layers for passes over the whole data without gradients, on a CPU."""
-    return quicken(model, QuickRandom(0), evaluation=True) if placement.device.type == "cpu" else nullcontext()
 
 
 class _evaluating:
@@ -230,71 +225,6 @@ class _evaluating:
 
     def __exit__(self, *error: object) -> None:
         self._run.train()
-
-
-def solve(
-    job: Job, plan: StagePlan, model: nn.Module, placement: Placement, trace: Trace, narrator: Narrator
-) -> list[str]:
-    """Solves the head on features that are computed once, and writes it into the model.
-
-    Returns:
-        sentences for the report.
-    """
-    output = plan.anatomy.output
-    assert output is not None
-    model.to(placement.device)
-    linear = model.get_submodule(output)
-    intercept = getattr(linear, "bias", None) is not None
-    body = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{output}.")}
-    known = [*_same_rows(job, model, placement), models.digest(body), output, intercept, job.task.num_labels]
-    kept = job.stock.arrays(key("probe", *known), lambda: _probe(job, plan, model, placement, intercept, narrator))
-    probe = head.Probe.of(kept)
-    head.write(probe, linear)
-    trace.seconds += float(kept["seconds"])  # also where another run solved it: it is what this head costs
-    rows, width = len(job.encoded["train"]), probe.weight.shape[1]
-    notes = [f"the head is solved on {rows} rows of {width} features, strength {probe.strength:.3g}"]
-    if not probe.converged:
-        notes.append("the solver stopped before it converged; its last head is used")
-    hidden = [part.canonical for part in plan.anatomy.parts if part.role == "head" and not part.name.startswith(output)]
-    if hidden:
-        notes.append(f"only {output} is solved; the head's other layers ({', '.join(hidden)}) keep their random start")
-    return notes
-
-
-def _same_rows(job: Job, model: nn.Module, placement: Placement) -> tuple[object, ...]:
-    """What a frozen model's outputs depend on beside its weights."""
-    config: Any = getattr(model, "config", None)
-    told = config.to_json_string(use_diff=False) if config is not None else ""
-    rows = [job.encoded[name].digest for name in ("train", "validation", "out_domain") if name in job.encoded]
-    return *rows, job.pad_id, job.task.kind, told, str(placement.device)
-
-
-def _probe(
-    job: Job, plan: StagePlan, model: nn.Module, placement: Placement, intercept: bool, narrator: Narrator
-) -> Arrays:
-    begun = time.perf_counter()
-    splits = [name for name in ("train", "validation") if name in job.encoded]
-    features: dict[str, Any] = {}
-    with (
-        _quick(model, placement),
-        narrator.bar(f"{plan.name}: features", sum(len(job.encoded[name]) for name in splits)) as bar,
-        frozen.read_out(model, plan.anatomy),
-    ):
-        for name in splits:
-            features[name] = logits(model, job.encoded[name], pad_id=job.pad_id, placement=placement, tick=bar.advance)
-    targets = {name: job.targets(name) for name in splits}
-    held = (features["validation"], targets["validation"]) if "validation" in splits else None
-    if job.task.kind == "classification":
-        probe = head.solve_classification(
-            features["train"],
-            targets["train"],
-            classes=job.task.num_labels,
-            validation=held,
-            intercept=intercept,
-        )
-    else:
-        probe = head.solve_regression(features["train"], targets["train"], validation=held, intercept=intercept)
-    return {**probe.arrays(), "seconds": np.array(time.perf_counter() - begun)}
 
 
 def steps(plan: StagePlan, done: int) -> Iterator[tuple[int, list[int], bool]]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import luthier
-from luthier import frozen, stages
+from luthier import frozen, probing, stages
 from luthier.core.anatomy import Anatomy
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import LuthierError
@@ -24,6 +24,7 @@ from luthier.run import Run
 from luthier.sources.models import load
 from luthier.sources.tasks import Classification
 from luthier.sources.text import collate
+from luthier.trace import Trace
 from tests.little import recipe, same, sentences, weights
 from tests.tinyfolder import tiny_folder
 
@@ -34,7 +35,7 @@ BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
 def finished(tmp_path_factory, tiny_model):
     out = tmp_path_factory.mktemp("finished") / "run"
     report = luthier.fit(
-        recipe([*BASE, "temperature"], probe=True, steps=12), model=tiny_model, data=sentences(), out=out
+        recipe([*BASE, "temperature"], probe=True, steps=12, lr=2e-2), model=tiny_model, data=sentences(), out=out
     )
     return out, report
 
@@ -141,7 +142,7 @@ def test_micro_batches_add_up_to_the_big_batch(micro, tmp_path):
         model = job.loaded.model.double()
         run, _ = stages.attach(job, job.plan.stages[0], model, Placement())
         quiet = stages.Hooks(save=lambda *a: None, stop=lambda: False, log=lambda v: None)
-        stages.train(job, run, Placement(), stages.Trace(), quiet, Silent())
+        stages.train(job, run, Placement(), Trace(), quiet, Silent())
         ends.append({name: value.clone() for name, value in model.state_dict().items()})
     assert not torch.equal(
         ends[0]["classifier.weight"],
@@ -275,9 +276,7 @@ def test_frozen_layers_run_once_a_row(tmp_path, monkeypatch):
     seen = []
     run.model.get_submodule("bert.encoder.layer.0.attention").register_forward_hook(lambda *args: seen.append(1))
     monkeypatch.setattr(Run, "validate", lambda run: {})
-    stages.train(
-        job, run, Placement(), stages.Trace(), stages.Hooks(lambda *a: None, lambda: False, lambda v: None), Silent()
-    )
+    stages.train(job, run, Placement(), Trace(), stages.Hooks(lambda *a: None, lambda: False, lambda v: None), Silent())
     assert run.progress.step == 24
     assert seen == []
 
@@ -288,7 +287,7 @@ def test_a_solved_head_gives_the_solvers_logits(tiny_model):
     assert made.stages[0].solver == "exact"
     job = prepare(recipe(BASE, probe=True), model=tiny_model, data_source=sentences())
     model, plan = job.loaded.model, job.plan.stages[0]
-    stages.solve(job, plan, model, Placement(), stages.Trace(), Silent())
+    probing.solve(job, plan, model, Placement(), Trace(), Silent())
     with frozen.read_out(model, Anatomy.of(model)):
         features = logits(model, job.encoded["test"], pad_id=job.pad_id).astype(np.float64)
     linear = model.classifier
@@ -320,7 +319,7 @@ def test_the_report_says_how_far_each_depth_moved(finished):
 
 def test_named_shifted_splits_are_measured_and_never_chosen_on(tiny_model, tmp_path):
     sentences(20, seed=5).to_csv(tmp_path / "far.csv", index=False)
-    made = recipe([*BASE, "temperature"], probe=True, steps=12)
+    made = recipe([*BASE, "temperature"], probe=True, steps=12, lr=2e-2)
     report = luthier.fit(made, model=tiny_model, data=sentences(), ood={"far": str(tmp_path / "far.csv")})
     assert report.metrics["ood"]["far"]["n"] == 20
     assert report.calibrated["ood"]["far"]["accuracy"] == report.metrics["ood"]["far"]["accuracy"]

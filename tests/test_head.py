@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
+import luthier
+from luthier import head
 from luthier.core.scores import softmax
 from luthier.head import solve_classification, solve_regression, write
+from tests.little import recipe, sentences
 
 
 def blobs(classes: int, *, rows: int = 90, width: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -152,3 +155,42 @@ def test_written_into_a_linear_layer_the_logits_are_the_solvers():
     bare = nn.Linear(6, 4, bias=False)
     write(probe, bare)
     assert torch.allclose(bare.weight, linear.weight)
+
+
+def probed(tiny_model, rows: dict[str, int], *, labels=None) -> luthier.Report:
+    """A probe alone, on so many rows of each split."""
+    every, at, data = sentences(sum(rows.values())), 0, {}
+    if labels is not None:
+        every["label"] = labels(every)
+    for split, many in rows.items():
+        data[split], at = every[at : at + many], at + many
+    made = recipe([], steps=1, lr=1e-12, probe=True)
+    return luthier.fit(made, model=str(tiny_model), data=data)
+
+
+@pytest.mark.parametrize(("validation", "crossed"), [(49, True), (50, False)])
+def test_the_strength_is_chosen_by_cross_validation_where_validation_is_small(
+    validation, crossed, tiny_model, monkeypatch
+):
+    held = []
+    real = head.solve_classification
+
+    def solve(*features, **more):
+        held.append(more["validation"])
+        return real(*features, **more)
+
+    monkeypatch.setattr(head, "solve_classification", solve)
+    told = probed(tiny_model, {"train": 40, "validation": validation, "test": 10}).stages[0].notes
+    assert (held[0] is None) == crossed
+    assert any(f"with {validation} validation rows" in note for note in told) == crossed
+
+
+def test_few_training_rows_leave_the_choice_to_a_small_validation(tiny_model, monkeypatch):
+    """Four rows of a class cannot be cut in five."""
+    held = []
+    real = head.solve_classification
+    monkeypatch.setattr(
+        head, "solve_classification", lambda *a, **more: held.append(more["validation"]) or real(*a, **more)
+    )
+    probed(tiny_model, {"train": 8, "validation": 12, "test": 10})
+    assert held[0] is not None and len(held[0][1]) == 12

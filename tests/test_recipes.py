@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import luthier
-from luthier import stages
+from luthier import probing
 from luthier.core.anatomy import Anatomy
 from luthier.job import prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
 from luthier.recipe.shipped import names
 from luthier.recipe.text import read
+from luthier.trace import Trace
 from tests.little import sentences
 from tests.tinyfolder import tiny_folder
 
@@ -53,7 +54,7 @@ def test_lp_ft_begins_its_second_stage_from_the_pretrained_body_and_the_solved_h
     job = prepare(read("lp-ft", sets=["max_length=16"]), model=tiny_model, data_source=sentences())
     model = job.loaded.model
     before = {name: value.clone() for name, value in model.state_dict().items()}  # buffers too
-    stages.solve(job, job.plan.stages[0], model, Placement(), stages.Trace(), Silent())
+    probing.solve(job, job.plan.stages[0], model, Placement(), Trace(), Silent())
     head = Anatomy.of(model).select("head")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) is (name not in head), name
