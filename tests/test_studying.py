@@ -231,3 +231,8 @@ def test_what_is_not_there_is_told(run, tiny_model, tmp_path):
     luthier.fit(trained, model=tiny_model, data=sentences(), out=tmp_path / "memory")
     with pytest.raises(LuthierError, match="must name where its model and data came from"):
         luthier.study(tmp_path / "memory")
+
+
+def test_no_picture_shows_unread_mathematics(run):
+    for one in luthier.study(run, rows=6):
+        assert "mathdefault" not in one.svg and "$" not in one.svg

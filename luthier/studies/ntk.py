@@ -31,7 +31,7 @@ from luthier.core.scores import Array, softmax
 from luthier.errors import DataError, Fault, ModelError
 from luthier.studies.jacobian_gram import gram
 from luthier.studies.last_linear import last_linear, read, rows_of
-from luthier.svg import AMBER, DARK, draw
+from luthier.svg import AMBER, DARK, draw, log_axis
 
 PartOf = Literal["P", "F", "P+F"]
 PARTS: tuple[PartOf, ...] = ("P", "F", "P+F")
@@ -169,7 +169,7 @@ class NTK:
                 values = self.eigenvalues[part][: self.rank(part)]
                 axes.plot(np.arange(1, len(values) + 1), values, line, color=colour, label=part)
             if any(self.rank(part) for part in PARTS):
-                axes.set_yscale("log")
+                log_axis(axes.yaxis, axes.set_yscale)
             axes.set_xlabel("number of the eigenvalue, from the largest")
             axes.set_ylabel("eigenvalue (logits per\nunit of rate and error)")
             axes.legend()
