@@ -5,35 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.call import Call
 from luthier.comparison import Comparison
-from luthier.core.scores import HIGHER_IS_BETTER
-from luthier.errors import Fault, LuthierError, did_you_mean
+from luthier.errors import Fault, LuthierError
 from luthier.job import Columns, Job, fits, prepare
 from luthier.jsonfile import unwritable
 from luthier.narrate import Narrator, Silent
-from luthier.recipe import text as recipe_text
 from luthier.recipe.recipe import Recipe
 from luthier.stock import Stock
-from luthier.trials import budget as budgets
 from luthier.trials import design as designs
-from luthier.trials import proposals, spaces
 from luthier.trials import workers as crews
-from luthier.trials.design import Asked, Design, spread
+from luthier.trials.design import Asked, Design
 from luthier.trials.desk import Desk
 from luthier.trials.early import Early, turns
 from luthier.trials.gather import gather
 from luthier.trials.misleading import misleads
 from luthier.trials.places import On, Place
+from luthier.trials.reading import Recipes, inside, read
 from luthier.trials.searched import refuse_under_way, searches, waiting
 from luthier.trials.sources import stored
 from luthier.trials.watch import Watch
-
-Recipes = Sequence[str | Path | Recipe] | Mapping[str, str | Path | Recipe]
 
 
 def compare(
@@ -152,38 +149,40 @@ def designed(
     say = narrator or Silent()
     desk = Desk(Path(out))
     _refuse(desk.path)
-    known = _recipes(recipes, [*sets, *([f"task={task}"] if task else [])])
-    _named(known, metric, against)
-    stop = None if early is None else Early.read(early)
-    numbers = _numbers(seeds, vary, stop, bool(search))
-    calls = [
-        Call.of(
-            model=stored(one, desk.path / _numbered("model", at)),
-            data=stored(rows, desk.path / _numbered("data", number)),
-            text=text,
-            text_pair=text_pair,
-            label=label,
-            ood={name: stored(each, desk.path / f"ood_{name}") for name, each in (ood or {}).items()},
-            out_domain=stored(out_domain, desk.path / "out_domain"),
-            label_map=label_map,
-        )
-        for at, one in enumerate(_several(model))
-        for number, rows in enumerate(_several(data))
-    ]
-    plain = {name: {**recipe.to_dict(), "seed": 0, "seeds": None} for name, recipe in known.items()}
-    more: dict[str, Any] = {} if stop is None else {"early": dataclasses.asdict(stop)}
-    if search:
-        proposals.needed()
-        more["search"] = {"spaces": spaces.asked(search, known), "budget": budgets.read(budget)}
-    elif budget is not None:
-        raise LuthierError.of([Fault("--budget", "must come with --search, whose it is")], "the search")
-    asked = Design(plain, _settings(calls), numbers, metric, against, more)
-    if (desk.path / designs.NAME).is_file():
-        before = Design.load(desk.path)
-        asked = asked.grown(before)
-        refuse_under_way(desk, before, asked)
-    _check(asked, say)
-    asked.save(desk.path)
+    told = read(
+        recipes,
+        sets=[*sets, *([f"task={task}"] if task else [])],
+        metric=metric,
+        against=against,
+        seeds=seeds,
+        vary=vary,
+        early=early,
+        search=search,
+        budget=budget,
+    )
+    with _undone(desk.path):
+        calls = [
+            Call.of(
+                model=stored(one, desk.path / _numbered("model", at)),
+                data=stored(rows, desk.path / _numbered("data", number)),
+                text=text,
+                text_pair=text_pair,
+                label=label,
+                ood={name: stored(each, desk.path / f"ood_{name}") for name, each in (ood or {}).items()},
+                out_domain=stored(out_domain, desk.path / "out_domain"),
+                label_map=label_map,
+            )
+            for at, one in enumerate(_several(model))
+            for number, rows in enumerate(_several(data))
+        ]
+        plain = {name: {**recipe.to_dict(), "seed": 0, "seeds": None} for name, recipe in told.recipes.items()}
+        asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more)
+        if (desk.path / designs.NAME).is_file():
+            before = Design.load(desk.path)
+            asked = asked.grown(before)
+            refuse_under_way(desk, before, asked)
+        _check(asked, say)
+        asked.save(desk.path)
     for trial in asked.trials():
         desk.forgive(trial)
     for one in searches(desk, asked):
@@ -221,6 +220,21 @@ def tell(folder: str | Path, design: Design | None = None) -> Comparison:
     return found
 
 
+@contextmanager
+def _undone(path: Path) -> Iterator[None]:
+    """What is written into ``path`` inside is taken away again where that ends in an error, unless a comparison is there."""
+    before = set(path.iterdir()) if path.is_dir() else None
+    try:
+        yield
+    except LuthierError:
+        if path.is_dir() and not (path / designs.NAME).is_file():  # else others may be at work there
+            for new in set(path.iterdir()) - (before or set()):
+                shutil.rmtree(new) if new.is_dir() else new.unlink()
+            if before is None:
+                path.rmdir()
+        raise
+
+
 def _refuse(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise LuthierError(f"{path} is a file.  Choose another --out.")
@@ -228,96 +242,6 @@ def _refuse(path: Path) -> None:
         raise LuthierError(f"{path} cannot be made: {why}.  Choose another --out.")
     if path.is_dir() and any(path.iterdir()) and not (path / designs.NAME).is_file():
         raise LuthierError(f"{path} is not empty and holds no comparison.  Choose another --out; nothing was touched.")
-
-
-def _recipes(given: Recipes, sets: Sequence[str]) -> dict[str, Recipe]:
-    """Recipes by name, with their changes; every fault of every recipe at once."""
-    named: list[tuple[str, str | Path | Recipe]] = []
-    if isinstance(given, Mapping):
-        named = list(given.items())
-    else:
-        for one in given:
-            if isinstance(one, Recipe):
-                named.append((one.name, one))
-                continue
-            told, equals, meant = str(one).partition("=")
-            named.append((told, meant) if equals else (Path(one).stem, one))
-    names = [name for name, _ in named]
-    faults = [
-        Fault(name, "must be named once", "two of that name", "Write one as NAME=RECIPE.")
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
-    faults += [
-        Fault(name or "the name", "must be a folder's name", do="Letters, digits, . _ - +")
-        for name in dict.fromkeys(names)
-        if not name or not all(letter.isalnum() or letter in "._-+" for letter in name) or name.startswith(".")
-    ]
-    if not named:
-        faults.append(Fault("--recipe", "must name a recipe"))
-    own: dict[str, list[str]] = {name: [] for name in names}
-    for change in sets:
-        name, colon, rest = change.partition(":")
-        if colon and "=" not in name:
-            if name not in own:
-                faults.append(
-                    Fault(f"--set {change}", "must begin with a recipe's name", name, did_you_mean(name, own))
-                )
-            else:
-                own[name].append(rest)
-        else:
-            for every in own.values():
-                every.append(change)
-    made = {}
-    for name, spec in named:
-        try:
-            made[name] = dataclasses.replace(recipe_text.read(spec, sets=own[name]), name=name)
-        except LuthierError as error:
-            faults += _inside(name, error)
-    if faults:
-        raise LuthierError.of(faults, "the recipes")
-    return made
-
-
-def _inside(name: str, error: LuthierError) -> list[Fault]:
-    """The faults of ``error``, each under ``name``."""
-    if not error.faults:
-        return [Fault(name, str(error))]
-    return [dataclasses.replace(fault, where=f"{name}: {fault.where}".rstrip(": ")) for fault in error.faults]
-
-
-def _named(recipes: Mapping[str, Recipe], metric: str | None, against: str | None) -> None:
-    faults = []
-    if metric is not None and metric not in HIGHER_IS_BETTER:
-        faults.append(
-            Fault(
-                "--metric", f"must be of {', '.join(HIGHER_IS_BETTER)}", metric, did_you_mean(metric, HIGHER_IS_BETTER)
-            )
-        )
-    if against is not None and against not in recipes:
-        faults.append(Fault("--against", f"must be of {', '.join(recipes)}", against, did_you_mean(against, recipes)))
-    if faults:
-        raise LuthierError.of(faults, "the comparison")
-
-
-def _numbers(
-    seeds: int | Sequence[int] | None, vary: Sequence[str], early: Early | None, searched: bool
-) -> tuple[dict[str, int], ...]:
-    """The seeds of every recipe: with early stopping as many as start."""
-    if early is None:
-        return spread(5 if seeds is None else seeds, vary)
-    faults = []
-    if searched:
-        do = "What is found may change the schedule, which must be known beforehand: search, then compare what was found."
-        faults.append(Fault("--search", "cannot be beside --early", do=do))
-    if vary:
-        do = "Where the spread comes from is told from a full grid of finished runs; drop one."
-        faults.append(Fault("--vary", "cannot be beside --early", ", ".join(vary), do))
-    if seeds is not None and list(range(seeds) if isinstance(seeds, int) else seeds) != list(range(early.start)):
-        faults.append(Fault("--seeds", f"must be the {early.start} that --early starts", str(seeds), "Leave it out."))
-    if faults:
-        raise LuthierError.of(faults, "--early")
-    return spread(early.start, ())
 
 
 def _several(given: Any) -> list[Any]:
@@ -366,7 +290,7 @@ def _check(design: Design, say: Narrator) -> None:
             except LuthierError as error:
                 if not jobs:
                     raise  # the data or the model: no recipe can do with it
-                faults += _inside(where, error)
+                faults += inside(where, error)
     if faults:
         raise LuthierError.of(faults, "the recipes for this model and data")
 

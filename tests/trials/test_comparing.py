@@ -238,6 +238,35 @@ def test_rows_and_models_in_memory_are_written_beside_the_runs(tiny_model, tmp_p
         compare([LP], model=pair, data={"train": rows[:50], "test": rows[60:]}, out=tmp_path / "out", seeds=1)
 
 
+def test_what_is_wrong_is_told_at_once_and_nothing_is_left_behind(tiny_model, tmp_path):
+    rows = sentences(60)
+    with pytest.raises(LuthierError) as told:
+        compare(
+            ["ft", "lpft"],
+            model=tiny_model,
+            data=rows,
+            out=tmp_path / "out",
+            vary=["size"],
+            metric="acc",
+            early="start=2,share=3,keep=5",
+            budget=3,
+        )
+    wheres = [fault.where for fault in told.value.faults]
+    assert [any(word in where for where in wheres) for word in ("lpft", "--vary", "--metric", "share", "--budget")] == [
+        True
+    ] * 5
+    assert not (tmp_path / "out").exists()
+    bad = dataclasses.replace(recipe([{"freeze": {"keep": ["top:9"]}}]), name="bad")
+    with pytest.raises(LuthierError, match="bad"):  # found with the data in hand, which had to be written first
+        compare([bad], model=tiny_model, data=rows, out=tmp_path / "out", seeds=1)
+    assert not (tmp_path / "out").exists()
+    compare([LP], model=tiny_model, data=rows, out=tmp_path / "out", seeds=1)
+    there = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(LuthierError, match="bad"):
+        compare([bad], model=tiny_model, data=rows, out=tmp_path / "out", seeds=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == there
+
+
 def test_several_data_sets_are_settings_of_their_own(tiny_model, data, tmp_path):
     other = tmp_path / "other.csv"
     sentences(80, seed=3).to_csv(other, index=False)
