@@ -15,6 +15,8 @@ from luthier.trials.early import stopped, turns
 from luthier.trials.searched import progress, waiting
 from luthier.units import duration
 
+MOST_COLUMNS = 8  # of seeds in the live table
+
 
 @dataclass
 class Watch:
@@ -87,11 +89,12 @@ class Watch:
         return total / max(1, self.workers)
 
     def table(self) -> Any:
-        """The runs as a table of rich: a row a recipe, a column a seed."""
+        """The runs as a table of rich: a row a recipe, a column a seed; with many seeds how many runs are how far."""
         from rich.table import Table
 
         seeds = [_seed(trial.seeds) for trial in self.design.trials()]
-        columns = list(dict.fromkeys(seeds))
+        many = len(set(seeds)) > MOST_COLUMNS
+        columns = ["done", "failed", "running", "open"] if many else list(dict.fromkeys(seeds))
         table = Table(
             box=None,
             pad_edge=False,
@@ -105,7 +108,13 @@ class Watch:
             table.add_column(column, justify="right", no_wrap=True)
         rows: dict[tuple[str, str], dict[str, str]] = {}
         for trial in self.design.trials():
-            rows.setdefault((trial.setting, trial.recipe), {})[_seed(trial.seeds)] = self._cell(trial)
+            row = rows.setdefault((trial.setting, trial.recipe), dict.fromkeys(columns, "0") if many else {})
+            if many:
+                state = self._ended.get(trial.name) or self.desk.state(trial)
+                column = state if state in columns else "done"
+                row[column] = str(int(row[column]) + 1)
+            else:
+                row[_seed(trial.seeds)] = self._cell(trial)
         several = len(self.design.settings) > 1
         for (setting, recipe), cells in rows.items():
             table.add_row(f"{setting} {recipe}" if several else recipe, *(cells.get(column, "") for column in columns))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import luthier
@@ -18,6 +20,9 @@ from luthier.narrate import Silent
 from luthier.outputs import kept
 from luthier.statistics.exact import mcnemar
 from luthier.trials import work as workshop
+from luthier.trials.design import Design
+from luthier.trials.desk import Desk
+from luthier.trials.watch import Watch
 from tests.little import recipe, same, sentences, weights
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
@@ -98,6 +103,27 @@ def test_the_files_and_the_lines(made):
     assert [line.split()[0] for line in told] == [f"{number}/9" for number in range(1, 10)]
     assert "accuracy" in told[0] and "left" in told[0] and "left" not in told[-1]
     assert max(map(len, found.summary().splitlines()[:-1])) <= 80
+
+
+def drawn(watch: Watch) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(watch.table())
+    return console.export_text()
+
+
+def test_the_live_table_is_read_from_the_folder(made, tmp_path):
+    out, _, _ = made
+    watch = Watch(Desk(out), Design.load(out))
+    assert [line.split(":")[0].split()[0] for line in watch.news()][-1] == "9/9"
+    lines = drawn(watch).splitlines()
+    assert lines[0].strip() == "9 of 9 runs" and lines[1].split() == ["seed", "0", "seed", "1", "seed", "2"]
+    assert [line.split()[0] for line in lines[2:5]] == ["ft", "lp-ft", "lp"]
+    scores = [luthier.Report.load(out / "runs" / f"lp-seed{seed}").metrics["test"]["accuracy"] for seed in range(3)]
+    assert lines[4].split()[1:] == [f"{score:.4f}" for score in scores]
+    more = dataclasses.replace(Design.load(out), seeds=tuple({"seed": number} for number in range(12)))
+    lines = drawn(Watch(Desk(out), more)).splitlines()
+    assert lines[1].split() == ["done", "failed", "running", "open"]
+    assert lines[2].split() == ["ft", "3", "0", "0", "9"]
 
 
 def test_called_again_it_runs_nothing_and_tells_the_same(made, tiny_model, data, monkeypatch):
