@@ -205,7 +205,10 @@ def _lines(found: Comparison) -> list[str]:
         lines += ["", f"{found.metric} on {setting.name}: mean over seeds (standard deviation)"]
         shown = splits[:4]
         marks = {setting.chosen_on: "*"}
-        lines.append(f"  {'':<18}" + "".join(f"{split[:11] + marks.get(split, ''):>14}" for split in shown))
+        lines.append(
+            f"  {'':<18}"
+            + "".join(f"{split.replace('ood_', 'ood ', 1)[:12] + marks.get(split, ''):>14}" for split in shown)
+        )
         for recipe in found.recipes:
             cells = "".join(f"{_cell(rows.get((recipe, split)), found.unit):>14}" for split in shown)
             lines.append(f"  {recipe[:18]:<18}{cells}")
@@ -229,4 +232,4 @@ def _cell(level: Level | None, unit: dict[str, Any]) -> str:
 
 
 def _wrapped(text: str, further: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=further)
+    return textwrap.wrap(text, WIDTH, subsequent_indent=further, break_on_hyphens=False)

@@ -22,6 +22,7 @@ from luthier.statistics.variance import decompose, grid
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
 from luthier.trials.early import Early, picked, stopped
+from luthier.trials.outcome import outcome
 from luthier.trials.pairs import ALPHA, Seen, couples, unit_of, versus
 from luthier.trials.searched import chosen, searches
 from luthier.trials.spared import cost
@@ -61,7 +62,7 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
         trials=tuple(rows),
         levels=tuple(levels),
         versus=tuple(pairs),
-        outcome=_outcome(pairs, several=len(found) > 1) + tuple(told for one in found for told in one.apart()),
+        outcome=outcome(pairs, metric, several=len(found) > 1) + tuple(told for one in found for told in one.apart()),
         notes=(*_searched(desk, known), *([stop.sentence(metric)] if stop else []), *_notes(rows, levels, found)),
         best_of={one.setting.name: one.best_of() for one in found},
         reliability={one.setting.name: one.reliability() for one in found},
@@ -244,12 +245,6 @@ def _bins(outputs: Sequence[Outputs]) -> list[dict[str, Any]]:
     logits = np.concatenate([out.logits for out in outputs])
     targets = np.concatenate([out.targets for out in outputs])
     return [asdict(one) for one in evaluate.reliability(logits, targets)]
-
-
-def _outcome(pairs: Sequence[Versus], *, several: bool) -> tuple[str, ...]:
-    """Claims first; within each, as they came."""
-    ranked = sorted(pairs, key=lambda pair: not pair.claimed)
-    return tuple(f"{pair.setting}: {pair.sentence}" if several else pair.sentence for pair in ranked)
 
 
 def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_Told]) -> list[str]:
