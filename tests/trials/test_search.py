@@ -311,7 +311,7 @@ def test_everything_that_is_wrong_is_told_before_the_first_run(tiny_model, data,
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 2 and "LOW below HIGH" in capsys.readouterr().err
-    with pytest.raises(LuthierError, match="4 faults in the search"):
+    with pytest.raises(LuthierError, match="4 faults in the comparison"):
         compare([FT], **asked, search=["lr=log:0:1", f"{RATE}=log:0:1", "ft:seed=int:0:9"])
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtra, match=r"luthier\[search\]"):
