@@ -121,7 +121,9 @@ class Design:
         return read_as(cls, told, inside=str(file))
 
     def grown(self, before: Design) -> Design:
-        """This design with the recipes and seeds that ``before`` has beyond it, so that no run that was made is lost.
+        """This design with the recipes, seeds and settings that ``before`` has beyond it, so that no run that was made is lost.
+
+        Settings can be added where there were several: the runs of one alone lie elsewhere.
 
         Raises:
             LuthierError: a recipe of the same name means another run, or model and data are others; every one is named.
@@ -141,11 +143,17 @@ class Design:
                 f"It was {_told(then)}; choose another --out.",
             )
             for what, now, then in (
-                ("data and model", self.settings, before.settings),
                 *((key, self.more.get(key), before.more.get(key)) for key in ({*self.more, *before.more} - {"search"})),
             )
             if now != then
         ]
+        there = {asked.name: asked for asked in before.settings}
+        new = tuple(asked for asked in self.settings if asked.name not in there)
+        if any(there.get(asked.name, asked) != asked for asked in self.settings) or (new and len(there) == 1):
+            do = f"It was {_told(before.settings)}; choose another --out."
+            faults.append(
+                Fault("data and model", "must be what it was when this comparison began", _told(self.settings), do)
+            )
         shared = [name for name in self.recipes if name in before.recipes]
         search = spaces.grown(self.more.get("search"), before.more.get("search"), shared)
         if search is None:
@@ -157,7 +165,8 @@ class Design:
             raise LuthierError.of(faults, "the comparison that is there")
         seeds = [*before.seeds, *(one for one in self.seeds if one not in before.seeds)]
         more = {**self.more, **({"search": search} if search else {})}
-        return replace(self, recipes={**before.recipes, **self.recipes}, seeds=tuple(seeds), more=more)
+        recipes = {**before.recipes, **self.recipes}
+        return replace(self, recipes=recipes, settings=(*before.settings, *new), seeds=tuple(seeds), more=more)
 
 
 def seeded(seeds: Sequence[tuple[str, int]] | Mapping[str, int]) -> dict[str, Any]:

@@ -302,6 +302,26 @@ def test_several_data_sets_are_settings_of_their_own(tiny_model, data, tmp_path)
     assert len(found.trials) == 8 and all(one.startswith(("other: ", "data: ")) for one in found.outcome)
 
 
+def test_settings_are_added_where_there_were_several(tiny_model, data, tmp_path, monkeypatch):
+    files = []
+    for at in range(3):
+        files.append(str(tmp_path / f"d{at}.csv"))
+        sentences(60, seed=at).to_csv(files[-1], index=False)
+    out = tmp_path / "out"
+    compare([LP], model=tiny_model, data=files[:2], out=out, seeds=1)
+    real, begun = workshop.fit, []
+    monkeypatch.setattr(workshop, "fit", lambda *a, **k: begun.append(str(k["out"])) or real(*a, **k))
+    grown = compare([LP], model=tiny_model, data=files, out=out, seeds=1)
+    assert [path.split("runs/")[1] for path in begun] == ["d2/lp-seed0"]
+    assert [setting.name for setting in grown.settings] == ["d0", "d1", "d2"]
+    again = compare([LP], model=tiny_model, data=files[1:], out=out, seeds=1)
+    assert len(begun) == 1 and again.settings == grown.settings
+    alone = tmp_path / "alone"
+    compare([LP], model=tiny_model, data=files[0], out=alone, seeds=1)
+    with pytest.raises(LuthierError, match="data and model  must be"):
+        compare([LP], model=tiny_model, data=files, out=alone, seeds=1)
+
+
 def test_nothing_is_claimed_on_the_split_that_a_recipe_chose_by(tiny_model, tmp_path):
     rows = sentences(120)
     apart = {"train": rows[:80], "validation": rows[80:]}

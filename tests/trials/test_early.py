@@ -418,7 +418,7 @@ def test_numbers_that_cannot_be_are_told_all_at_once(told, wrong):
 def test_a_search_other_seeds_and_streams_that_vary_cannot_be_beside_it(tiny_model, data, tmp_path):
     spec = {"model": tiny_model, "data": data, "out": tmp_path / "out", "early": "start=4,share=0.5,keep=2"}
     with pytest.raises(LuthierError, match="3 faults") as error:
-        compare([FT], seeds=5, vary=["head"], search=["stages.finetune.lr=loguniform(1e-5, 1e-3)"], **spec)
+        compare([FT], seeds=5, vary=["head"], search=["stages.finetune.lr=log:1e-5:1e-3"], **spec)
     assert [fault.where for fault in error.value.faults] == ["--search", "--vary", "--seeds"]
     assert not (tmp_path / "out").exists()
 
