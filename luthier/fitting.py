@@ -6,7 +6,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import checkpoint, probing, rates, replay, stages
-from luthier.core.anatomy import Anatomy, select_all
+from luthier.core.anatomy import Anatomy
 from luthier.folder import RunFolder
 from luthier.job import Job
 from luthier.jsonfile import plain
@@ -125,7 +125,7 @@ class Fitting:
         model = job.loaded.model
         self.trace.movement += movement(plan, before, dict(_weights_named(model, plan)))
         if whole is not None and plan.stage.carry is not None:
-            _put_back(model, whole, plan, plan.stage.carry)
+            stages.put_back(model, whole, plan)
             notes = [*notes, f"only {', '.join(plan.stage.carry)} goes on; the rest is as it was before the stage"]
         used = self.trace.seconds - seconds
         taken = self.trace.steps - steps
@@ -252,15 +252,6 @@ class Fitting:
             self.folder.log(values)
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
         self._track(numbers, self.trace.steps)
-
-
-def _put_back(model: nn.Module, before: Mapping[str, Tensor], plan: StagePlan, carry: Sequence[str]) -> None:
-    """Weights and buffers as they were, in place, but for the weights that ``carry`` selects."""
-    kept = select_all(Anatomy.of(model, plan.family), carry)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name not in kept:
-                value.copy_(before[name])
 
 
 def _since(trace: Trace) -> tuple[float, int]:

@@ -99,12 +99,7 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
     if report.task == "regression":
         return Predictions(kept, [float(value) for value in out[:, 0]], None, ())
     told = report.calibration
-    scale, shift = _tuple(told.get("scale")), _tuple(told.get("shift"))
-    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings(scale=scale, shift=shift, table=told.get("table")))
+    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings.of(told))
     shifted = np.exp(changed.logits - changed.logits.max(axis=1, keepdims=True))
     likely = shifted / shifted.sum(axis=1, keepdims=True)
     return Predictions(kept, [report.labels[at] for at in likely.argmax(axis=1)], likely, tuple(report.labels))
-
-
-def _tuple(value: Any) -> tuple[float, ...] | None:
-    return tuple(value) if value is not None else None

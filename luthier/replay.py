@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier import probing
+from luthier import probing, stages
 from luthier.checkpoint import atomically
-from luthier.core.anatomy import Anatomy, select_all
 from luthier.errors import Fault, LuthierError
 from luthier.job import Job
 from luthier.narrate import Narrator, Silent
@@ -108,16 +107,10 @@ class Replay:
         """Solves an exact probe, in place, or puts in the head that it had; of it goes on what the stage carries."""
         head = model.get_submodule(plan.anatomy.output or "")
         if plan.name not in self._heads:
-            before = {name: value.detach().clone() for name, value in head.state_dict().items()}
+            before = {f"{plan.anatomy.output}.{name}": value.clone() for name, value in head.state_dict().items()}
             probing.solve(self._job, plan, model, Placement(), Trace(), self._say)
-            goes_on = set(before)
-            if plan.stage.carry is not None:
-                chosen = select_all(Anatomy.of(model, plan.family), plan.stage.carry)
-                goes_on = {name for name in before if f"{plan.anatomy.output}.{name}" in chosen}
-            now = head.state_dict()
-            self._heads[plan.name] = {
-                name: (now[name] if name in goes_on else before[name]).detach().cpu().clone() for name in before
-            }
+            stages.put_back(model, before, plan)
+            self._heads[plan.name] = {name: value.cpu().clone() for name, value in head.state_dict().items()}
         with torch.no_grad():
             head.load_state_dict(self._heads[plan.name])
 

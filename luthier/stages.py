@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import frozen
-from luthier.core.anatomy import Anatomy
+from luthier.core.anatomy import Anatomy, select_all
 from luthier.core.closure import Closure
 from luthier.core.context import Around
 from luthier.core.ingredient import Outputs
@@ -225,6 +225,17 @@ class _evaluating:
 
     def __exit__(self, *error: object) -> None:
         self._run.train()
+
+
+def put_back(model: nn.Module, before: Mapping[str, Tensor], plan: StagePlan) -> None:
+    """What ``before`` holds, weights and buffers, is as it was, in place, but for what the stage carries on."""
+    if plan.stage.carry is None:
+        return
+    kept, now = select_all(Anatomy.of(model, plan.family), plan.stage.carry), model.state_dict()
+    with torch.no_grad():
+        for name, value in before.items():
+            if name not in kept:
+                now[name].copy_(value)
 
 
 def steps(plan: StagePlan, done: int) -> Iterator[tuple[int, list[int], bool]]:

@@ -61,6 +61,12 @@ class Findings:
     table: tuple[Table, ...] | None = None
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Findings:
+        """What changes predictions, as a report's ``calibration`` tells it."""
+        scale, shift = (None if told.get(name) is None else tuple(told[name]) for name in ("scale", "shift"))
+        return cls(scale=scale, shift=shift, table=told.get("table"))
+
     @property
     def changes(self) -> bool:
         """Whether predictions should be read otherwise than they are."""

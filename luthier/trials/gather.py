@@ -230,13 +230,8 @@ def _row(desk: Desk, trial: Trial, report: Report | None, gone: bool) -> TrialRo
 
 
 def _calibrated(report: Report, out: Outputs) -> Outputs | None:
-    told = report.calibration
-    if not told:
-        return None
-    scale, shift = (tuple(told[name]) if told.get(name) is not None else None for name in ("scale", "shift"))
-    if scale is None and shift is None and told.get("table") is None:
-        return None
-    return adjusted(out, Findings(scale=scale, shift=shift, table=told.get("table")))
+    found = Findings.of(report.calibration)
+    return adjusted(out, found) if found.changes else None
 
 
 def _bins(outputs: Sequence[Outputs]) -> list[dict[str, Any]]:

@@ -166,24 +166,8 @@ def _selected(setting: Setting, pair: Pair, metric: str) -> Versus:
     told = f"{unit.factor * found.mean:+.{unit.digits}f}{' ' + unit.name if unit.name else ''}"
     seeds = f"{told} over the {found.seeds} seeds that both kept"
     why = "their runs were chosen by validation, so they are no random sample of seeds"
-    return Versus(
-        setting=setting.name,
-        split=pair.on,
-        one=pair.one,
-        other=pair.other,
-        value=found.mean,
-        low=found.mean,
-        high=found.mean,
-        by_seed=found.by_seed,
-        p=1.0,
-        corrected=1.0,
-        comparisons=1,
-        test="none",
-        claimed=False,
-        visible=None,
-        needed=None,
-        sentence=f"nothing is claimed of {pair.one} and {pair.other} on {pair.on} ({seeds}): {why}",
-    )
+    told = f"nothing is claimed of {pair.one} and {pair.other} on {pair.on} ({seeds}): {why}"
+    return _unclaimed(setting, pair.on, pair.one, pair.other, (found.mean, found.mean, found.mean), found.by_seed, told)
 
 
 def _one_seed(
@@ -204,15 +188,33 @@ def _one_seed(
         p, test = (mcnemar(_right(mine), _right(theirs)).p, "McNemar") if metric == "accuracy" else (1.0, "none")
     told = f"{unit.factor * apart:+.{unit.digits}f}{' ' + unit.name if unit.name else ''}"
     why = f", McNemar p = {p:.2g} for these two models" if test == "McNemar" else ""
+    told = f"one seed cannot separate {one} from {other} on {split}: {told}{why}; run more seeds"
+    return _unclaimed(setting, split, one, other, (apart, low, high), (apart,), told, p=p, test=test)
+
+
+def _unclaimed(
+    setting: Setting,
+    split: str,
+    one: str,
+    other: str,
+    seen: tuple[float, float, float],
+    by_seed: tuple[float, ...],
+    told: str,
+    *,
+    p: float = 1.0,
+    test: str = "none",
+) -> Versus:
+    """A difference, as value, low and high, of which nothing is claimed whatever p is."""
+    value, low, high = seen
     return Versus(
         setting=setting.name,
         split=split,
         one=one,
         other=other,
-        value=apart,
+        value=value,
         low=low,
         high=high,
-        by_seed=(apart,),
+        by_seed=by_seed,
         p=p,
         corrected=p,
         comparisons=1,
@@ -220,5 +222,5 @@ def _one_seed(
         claimed=False,
         visible=None,
         needed=None,
-        sentence=f"one seed cannot separate {one} from {other} on {split}: {told}{why}; run more seeds",
+        sentence=told,
     )

@@ -321,7 +321,8 @@ def test_a_stage_after_the_first_cannot_draw_anew_what_was_trained() -> None:
 
 def test_at_its_neutral_value_it_may_stand_in_any_stage() -> None:
     neutral = Stage(name="ft", ingredients=(Reinit(top=0, bridge=False),), steps=2)
-    compose(Recipe(name="x", stages=(Stage(name="lp", steps=2), neutral)), skeleton(tiny("bert")))
+    made = compose(Recipe(name="x", stages=(Stage(name="lp", steps=2), neutral)), skeleton(tiny("bert")))
+    assert [plan.name for plan in made.stages] == ["lp", "ft"]
 
 
 @pytest.mark.parametrize(("family", "one", "must"), [
