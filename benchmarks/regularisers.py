@@ -6,7 +6,7 @@ the values its paper or its authors' code starts from, or its default here; none
 
 from __future__ import annotations
 
-from grid import Entry, go, plot, table
+from grid import Entry, against, differences, go, plot, table
 
 
 def beside(**ingredient: dict[str, object]) -> Entry:
@@ -40,4 +40,5 @@ METHODS = {
 if __name__ == "__main__":
     runs = go("regularisers", METHODS)
     print(table(runs))
+    print(differences(against(runs, "mosbach")))
     plot("regularisers", runs)

@@ -147,6 +147,13 @@ class Placement:
         mean: Tensor = self._accelerator.reduce(loss.detach().clone(), reduction="mean")
         return mean
 
+    def anyone(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any process: what all of them do must not hang on one's own signal."""
+        if self.processes == 1:
+            return flag
+        count: Tensor = self._accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum")
+        return bool(count > 0)
+
     def gathered(self, mine: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other, on every process."""
         if self.processes == 1:

@@ -159,7 +159,7 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
                 if run.progress.over:
                     run.notes.append(f"ended after step {step + 1} of {plan.steps}: {run.progress.over}")
                     break
-                if hooks.stop() and step + 1 < plan.steps:
+                if step + 1 < plan.steps and placement.anyone(hooks.stop()):
                     raise Stopped("stopped on request")
     finally:
         torch.random.set_rng_state(saved_state)
@@ -256,8 +256,9 @@ def closure(job: Job, run: Run, placement: Placement, quick: QuickRandom, step: 
     """The closure of one optimizer step over ``rows``, of which this process takes its share."""
     plan, encoded = run.plan, job.training
     mine = rows[placement.rank :: placement.processes]
-    size = plan.stage.micro_batch or max(1, len(mine))
-    most = math.ceil(math.ceil(len(rows) / placement.processes) / size)  # every process takes the same number of turns
+    share = math.ceil(len(rows) / placement.processes)  # rows of the process that has the most
+    size = plan.stage.micro_batch or share
+    most = math.ceil(share / size)  # every process takes the same number of turns, whatever it has
     chunks = [mine[at : at + size] for at in range(0, len(mine), size)]
     shares = [placement.processes * len(chunk) / len(rows) for chunk in chunks]
     while len(chunks) < most:

@@ -1,20 +1,46 @@
-"""Run under torchrun by tests/test_processes.py: fits the little job and saves the run folder. Arguments: model, out, recipe kind."""
+"""Run under torchrun by tests/test_processes.py: fits the little job and saves the run folder.
+
+Arguments: model, out, rows in a step, rows in a forward pass (0: all), and ``stop``: after three steps the second process, and only it,
+is asked to stop; or ``resume``: the run goes on.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import luthier
+from luthier.run import Run
+from luthier.stages import Stopped
 from tests.little import recipe, sentences
 
+
+def ask_one_to_stop() -> None:
+    """The process of rank 1 gets SIGTERM after its third step."""
+    step, taken = Run.step, []
+
+    def counted(run: Run, take: Any = None) -> None:
+        step(run, take)
+        taken.append(run)
+        if len(taken) == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Run.step = counted  # type: ignore[method-assign]
+
+
 torch.set_num_threads(1)
-model, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-ingredients = {
-    "sgd-like": [{"anneal": {"warmup": 0.2}}, "adamw", "clip"],
-    "swa": [{"swa": {"start": 0.3}}, "adamw", "clip"],
-}[kind]
-made = recipe(ingredients, probe=True, micro_batch=3)
-luthier.fit(made, model=model, data=sentences(), out=out)
+model, out, batch, micro = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) or None
+made = recipe([{"swa": {"start": 0.3}}, "adamw", "clip"], probe=True, batch_size=batch, micro_batch=micro)
+stops = "stop" in sys.argv[5:]
+if stops:
+    ask_one_to_stop()
+try:
+    luthier.fit(made, model=model, data=sentences(), out=out, resume="resume" in sys.argv[5:])
+except Stopped:
+    sys.exit(0 if stops else 1)
+sys.exit(1 if stops else 0)
