@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier.errors import RunError
+from luthier.jsonfile import atomically, flush
 
 _NAME = re.compile(r"stage-(\d+)-(?:step-(\d+)|start)")
 
@@ -36,33 +34,6 @@ class Checkpoint:
         """What was saved, on the CPU."""
         state: dict[str, Any] = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
         return state
-
-
-def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` on a path beside ``path``, flushes it to disk, and renames it into place.
-
-    Raises:
-        RunError: the disk is full or cannot be written; what stood at ``path`` is untouched.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        _flush(beside)
-        if beside.is_dir() and path.exists():
-            shutil.rmtree(path)
-        os.replace(beside, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}.  What was saved before is untouched."
-        ) from error
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            with suppress(OSError):  # what went wrong above is told; a file that was never made is none of it
-                beside.unlink()
 
 
 def save(folder: Path, state: Mapping[str, Any], *, stage: int, step: int | None, keep: int = 2) -> Checkpoint:
@@ -83,7 +54,7 @@ def save(folder: Path, state: Mapping[str, Any], *, stage: int, step: int | None
         size, digest = _digest(beside / "state.pt")
         (beside / "manifest.json").write_text(json.dumps({"state.pt": {"bytes": size, "sha256": digest}}))
         for item in beside.iterdir():
-            _flush(item)
+            flush(item)
 
     atomically(path, write)
     steps = [found for found in _listed(folder) if found.step is not None]
@@ -151,11 +122,3 @@ def _torn(path: Path) -> str:
 def _digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,8 @@ from luthier.job import Columns, Job, fits, prepare
 from luthier.jsonfile import unwritable
 from luthier.narrate import Narrator, Silent
 from luthier.recipe.recipe import Recipe
+from luthier.sources import checks
+from luthier.sources.data import digest
 from luthier.stock import Stock
 from luthier.trials import design as designs
 from luthier.trials import workers as crews
@@ -175,7 +177,14 @@ def designed(
             for at, one in enumerate(_several(model))
             for number, rows in enumerate(_several(data))
         ]
-        plain = {name: {**recipe.to_dict(), "seed": 0, "seeds": None} for name, recipe in told.recipes.items()}
+        plain = {
+            name: {
+                **recipe.to_dict(),
+                "seed": 0,
+                "seeds": {"split": split} if (split := recipe.seed_of("split")) else None,
+            }
+            for name, recipe in told.recipes.items()
+        }
         asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more)
         if (desk.path / designs.NAME).is_file():
             before = Design.load(desk.path)
@@ -271,19 +280,27 @@ def _settings(calls: Sequence[Call]) -> tuple[Asked, ...]:
 def _check(design: Design, say: Narrator) -> None:
     """Everything that can be found wrong is found before the first run: each recipe is planned in each setting."""
     faults: list[Fault] = []
+    tasks: dict[str, Job] = {}  # the first job of each
     stock = Stock()
     for asked in design.settings:
         jobs: dict[str, Job] = {}  # by what of a recipe decides how the data and the model are read
         for name in design.recipes:
             recipe = design.recipe(design.trial(asked.name, name, design.seeds[0]))
             where = name if len(design.settings) == 1 else f"{asked.name}: {name}"
-            kind = json.dumps([recipe.task, recipe.max_length, recipe.head])
             try:
+                rows = [recipe.source("in", asked.call.data), recipe.source("out", asked.call.out_domain)]
+                kind = json.dumps([recipe.task, recipe.max_length, recipe.head, recipe.seed_of("split"), *rows])
                 if kind in jobs:
                     plan = fits(recipe, jobs[kind])
                 else:
                     jobs[kind] = _job(recipe, asked.call, say if not jobs else Silent(), stock)
                     plan = jobs[kind].plan
+                    tasks.setdefault(jobs[kind].task.kind, jobs[kind])
+                    first = next(iter(jobs.values()))
+                    if _measured(jobs[kind]) != _measured(first):
+                        must = f"must be measured on the rows of {first.recipe.name}, as runs are paired by row"
+                        do = "Give --data for all, or leave 'seeds: {split: ...}' out."
+                        faults.append(Fault(where, must, jobs[kind].data.source, do))
                 if early := Early.of(design):
                     looks = misleads(plan, early.share, validation="validation" in jobs[kind].encoded)
                     faults += [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in looks]
@@ -291,8 +308,24 @@ def _check(design: Design, say: Narrator) -> None:
                 if not jobs:
                     raise  # the data or the model: no recipe can do with it
                 faults += inside(where, error)
+    if len(tasks) > 1:
+        told = ", ".join(f"{job.data.source} as {kind}" for kind, job in tasks.items())
+        do = "Compare each in a folder of its own, or say --task."
+        faults.append(Fault("the data", "must be of one task, as one metric tells all of it", told, do))
+    elif design.metric is not None:
+        try:
+            for job in tasks.values():
+                checks.check(job.data, job.task, metrics={"--metric": design.metric})
+        except LuthierError as error:
+            faults += error.faults
     if faults:
         raise LuthierError.of(faults, "the recipes for this model and data")
+
+
+def _measured(job: Job) -> str:
+    """The digest of the rows that a run is measured on."""
+    splits = job.data.splits.items()
+    return digest({name: split for name, split in splits if name not in ("train", "out_domain")})
 
 
 def _job(recipe: Recipe, call: Call, say: Narrator, stock: Stock) -> Job:

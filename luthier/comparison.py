@@ -75,7 +75,9 @@ class Level:
     """A recipe's scores of the metric on one split over its seeds.
 
     Args:
-        sd: of one run (divisor n - 1); None with one seed.
+        seeds: runs behind mean, worst and best.
+        sd: of one run (divisor n - 1), from runs that are independent: where streams vary apart those whose streams all have the same
+            number; None with one of these.
         failed: names of runs at or under the majority class, or that ended with an error.
         sentence: about those; empty where there are none.
     """
@@ -97,8 +99,9 @@ class Versus:
     """One recipe minus another on one split, paired by seed and test row; larger is better for the first.
 
     Args:
-        value, low, high: the difference seen and its interval, in the metric's own unit (0.02 is two points of accuracy).
-        by_seed: the difference of each seed.
+        value, low, high: the difference seen and its interval, in the metric's own unit (0.02 is two points of accuracy); nan where
+            the metric is not defined for one of the runs.
+        by_seed: the difference of each seed; where streams vary apart, of each number that all of them have.
         p: of ``test``; corrected: by Holm over ``comparisons``.
         claimed: whether corrected < alpha and 0 lies outside the interval.
         visible: the smallest true difference that would be claimed with chance 0.8; None where none would.
@@ -133,7 +136,8 @@ class Comparison:
         metric: what is compared; higher: whether more of it is better.
         unit: how a difference is told: name (``points``), factor (100), digits (1).
         recipes: in the order given.
-        best_of: by setting, by recipe: [{"n", "expected", "standard_deviation"}], E[best of n runs] on validation.
+        best_of: by setting, by recipe: [{"n", "expected", "standard_deviation"}], E[best of n runs] on validation, of independent
+            runs.
         reliability: by setting, by recipe, ``{"before": bins, "after": bins}`` on the shown split, all seeds together.
         variance: by setting, by recipe, where the spread comes from when streams vary apart; else empty.
         chosen: by recipe, how its settings were searched for: tried, space, values, validation; else empty.

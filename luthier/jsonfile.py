@@ -1,11 +1,13 @@
-"""Frozen values as JSON files: written whole or not at all, read back with every fault named."""
+"""Files that are written whole or not at all; frozen values as JSON, read back with every fault named."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import types
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,8 +40,8 @@ def plain(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file beside ``path``, flushes it to disk and renames it into place.
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls ``write`` on a path beside ``path``, flushes it to disk, and renames it into place.
 
     Raises:
         RunError: the disk is full or cannot be written; what stood at ``path`` is untouched.
@@ -47,17 +49,40 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write(beside)
+        flush(beside)
+        if beside.is_dir() and path.exists():
+            shutil.rmtree(path)
         os.replace(beside, path)
+        flush(path.parent)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise RunError(f"cannot write {path}: {why}.  What was saved before is untouched.") from error
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}.  What was saved before is untouched."
+        ) from error
     finally:
-        if beside.exists():
-            beside.unlink()
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            with suppress(OSError):  # what went wrong above is told; a file that was never made is none of it
+                beside.unlink()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all.
+
+    Raises:
+        RunError: as ``atomically`` does.
+    """
+    atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def unwritable(path: Path) -> str:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from luthier import evaluate
-from luthier.checkpoint import atomically
 from luthier.core.calibration import through_logits
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.modes import paused
 from luthier.errors import Fault, LuthierError
+from luthier.jsonfile import atomically
 from luthier.placement import Placement
 from luthier.sources.tasks import Task
 from luthier.sources.text import Encoded, collate

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from luthier.checkpoint import atomically
 from luthier.core.ingredient import Findings, Outputs
+from luthier.core.scores import softmax
 from luthier.errors import DataError, Fault, LuthierError
+from luthier.jsonfile import write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import adjusted, logits
 from luthier.report import Report
 from luthier.sources.columns import Columns
 from luthier.sources.data import read_unlabelled
+from luthier.sources.limits import pad_id
 from luthier.sources.models import reload, reload_tokenizer
 from luthier.sources.text import encode
 
@@ -64,7 +66,7 @@ class Predictions:
             text = "".join(line + "\n" for line in lines)
         else:
             text = frame.to_csv(index=False, sep="\t" if path.suffix == ".tsv" else ",")
-        atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_whole(path, text)
 
 
 def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> Predictions:
@@ -92,14 +94,12 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
         say.line(
             f"{encoded.truncated} of {len(encoded)} texts are longer than {report.model['max_length']} tokens and are cut"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.config.pad_token_id or 0
     with say.bar("predicting", len(encoded)) as bar:
-        out = logits(model, encoded, pad_id=int(pad), tick=bar.advance)
+        out = logits(model, encoded, pad_id=pad_id(model, tokenizer), tick=bar.advance)
     kept = {str(name): frame[name].tolist() for name in frame}
     if report.task == "regression":
         return Predictions(kept, [float(value) for value in out[:, 0]], None, ())
     told = report.calibration
     changed = adjusted(Outputs(out, np.zeros(len(out))), Findings.of(told))
-    shifted = np.exp(changed.logits - changed.logits.max(axis=1, keepdims=True))
-    likely = shifted / shifted.sum(axis=1, keepdims=True)
+    likely = softmax(changed.logits)
     return Predictions(kept, [report.labels[at] for at in likely.argmax(axis=1)], likely, tuple(report.labels))

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier import probing, stages
-from luthier.checkpoint import atomically
 from luthier.errors import Fault, LuthierError
 from luthier.job import Job
+from luthier.jsonfile import atomically
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
 from luthier.plan import StagePlan

@@ -128,7 +128,7 @@ def _calibration(findings: Findings | None) -> dict[str, Any]:
 
 def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:
     """Saves model and tokenizer, loads them again as a stranger would, and compares the logits."""
-    from luthier.checkpoint import atomically
+    from luthier.jsonfile import atomically
     from luthier.sources.models import reload, store
 
     model, tokenizer = job.loaded.model, job.loaded.tokenizer

@@ -53,8 +53,7 @@ class Stock:
         return self.get(key, lambda: make() if self._folder is None else self._kept(self._folder / f"{key}.npz", make))
 
     def _kept(self, file: Path, make: Callable[[], Arrays]) -> Arrays:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file.with_suffix(".lock")):
+        with alone(file.with_suffix(".lock")):
             if file.is_file():
                 with np.load(file) as held:
                     return {name: held[name] for name in held.files}
@@ -82,7 +81,9 @@ def key(kind: str, *told: object) -> str:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
+    """Inside, this process alone has ``lock``, a file that is made where there is none; others wait for it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

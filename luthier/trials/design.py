@@ -86,7 +86,11 @@ class Design:
         Raises:
             LuthierError: there are no values for it, or it refuses them.
         """
-        made = build({**self.recipes[trial.recipe], **seeded(trial.seeds)}, inside=trial.recipe)
+        plain = self.recipes[trial.recipe]
+        seeds = seeded(trial.seeds)
+        if plain.get("seeds"):  # that of the split, which the comparison leaves alone
+            seeds["seeds"] = {**plain["seeds"], **seeds.get("seeds", {})}
+        made = build({**plain, **seeds}, inside=trial.recipe)
         values = self.chosen.get(trial.setting, {}).get(trial.recipe, {})
         if values is None:
             raise LuthierError(f"{trial.recipe}: none of the settings that its search tried ended well.")
@@ -126,7 +130,8 @@ class Design:
         Settings can be added where there were several: the runs of one alone lie elsewhere.
 
         Raises:
-            LuthierError: a recipe of the same name means another run, or model and data are others; every one is named.
+            LuthierError: a recipe of the same name means another run, model and data are others, or the metric is another one than runs
+                were chosen by; every one is named.
         """
         faults = [
             Fault(
@@ -147,6 +152,10 @@ class Design:
             )
             if now != then
         ]
+        if before.more and self.metric != before.metric:
+            now, then = (one.metric or "the task's own" for one in (self, before))
+            must = "must be what it was when this comparison began, as runs were chosen by it"
+            faults.append(Fault("--metric", must, now, f"It was {then}; choose another --out."))
         there = {asked.name: asked for asked in before.settings}
         new = tuple(asked for asked in self.settings if asked.name not in there)
         if any(there.get(asked.name, asked) != asked for asked in self.settings) or (new and len(there) == 1):
@@ -199,6 +208,15 @@ def spread(seeds: int | Sequence[int], vary: Sequence[str]) -> tuple[dict[str, i
     if not vary:
         return tuple({"seed": number} for number in numbers)
     return tuple(dict(zip(vary, cell, strict=True)) for cell in product(numbers, repeat=len(vary)))
+
+
+def independent(seeds: Sequence[tuple[str, int]]) -> bool:
+    """Whether all streams have the same number: of a grid the diagonal, no two of whose runs share a head's start or an order.
+
+    >>> independent((("seed", 3),)), independent((("head", 3), ("order", 3))), independent((("head", 3), ("order", 0)))
+    (True, True, False)
+    """
+    return len({number for _, number in seeds}) == 1
 
 
 def _told(value: Any) -> str:

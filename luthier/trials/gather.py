@@ -19,10 +19,10 @@ from luthier.report import Report, flat
 from luthier.statistics import runs
 from luthier.statistics.budget import best_of
 from luthier.statistics.variance import decompose, grid
-from luthier.trials.design import Design, Trial
+from luthier.trials.design import Design, Trial, independent
 from luthier.trials.desk import Desk
 from luthier.trials.early import Early, picked, stopped
-from luthier.trials.outcome import outcome
+from luthier.trials.outcome import listed, outcome
 from luthier.trials.pairs import ALPHA, Seen, couples, unit_of, versus
 from luthier.trials.searched import chosen, searches
 from luthier.trials.spared import cost
@@ -63,7 +63,12 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
         levels=tuple(levels),
         versus=tuple(pairs),
         outcome=outcome(pairs, metric, several=len(found) > 1) + tuple(told for one in found for told in one.apart()),
-        notes=(*_searched(desk, known), *([stop.sentence(metric)] if stop else []), *_notes(rows, levels, found)),
+        notes=(
+            *_searched(desk, known),
+            *([stop.sentence(metric)] if stop else []),
+            *_varied(known),
+            *_notes(rows, levels, found),
+        ),
         best_of={one.setting.name: one.best_of() for one in found},
         reliability={one.setting.name: one.reliability() for one in found},
         variance={one.setting.name: parts for one in found if (parts := one.variance())},
@@ -144,21 +149,21 @@ class _Told:
     def _level(self, recipe: str, split: str) -> Level:
         scored = {trial.name: value for trial in self.of(recipe) if (value := self._score(trial, split)) is not None}
         told = runs.summary(list(scored.values()), higher_is_better=HIGHER_IS_BETTER[self.metric])
+        apart = [scored[trial.name] for trial in self.of(recipe) if trial.name in scored and independent(trial.seeds)]
         names, sentence = list(scored), ""
         gone: tuple[int, ...] = ()
         if split in self.setting.majority:
             accuracies = [self._score(trial, split, "accuracy") for trial in self.of(recipe) if trial.name in scored]
             majority = self.setting.majority[split]
             gone = runs.failed(accuracies, majority)
-            numbers = [number for trial in self.of(recipe) for _, number in trial.seeds[:1]]
-            sentence = runs.told(recipe, [numbers[at] for at in gone], len(names), majority, on=split)
+            sentence = _failed(recipe, [names[at] for at in gone], len(names), majority, split)
         return Level(
             setting=self.setting.name,
             recipe=recipe,
             split=split,
             seeds=told.seeds,
             mean=told.mean,
-            sd=told.sd,
+            sd=runs.summary(apart).sd if apart else None,
             worst=told.worst,
             best=told.best,
             failed=tuple(names[at] for at in gone),
@@ -166,10 +171,11 @@ class _Told:
         )
 
     def best_of(self) -> dict[str, Any]:
-        """E[best of n] on validation by recipe; not of runs that were chosen, which are no draws."""
+        """E[best of n] on validation by recipe, of independent runs; not of runs that were chosen, which are no draws."""
         made = {}
         for recipe in self.design.recipes if not self.selected else ():
-            scored = [value for trial in self.of(recipe) if (value := self._score(trial, "validation")) is not None]
+            apart = [trial for trial in self.of(recipe) if independent(trial.seeds)]
+            scored = [value for trial in apart if (value := self._score(trial, "validation")) is not None]
             if len(scored) > 1:
                 found = best_of(scored, higher_is_better=HIGHER_IS_BETTER[self.metric])
                 made[recipe] = [asdict(one) for one in found]
@@ -250,6 +256,28 @@ def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_T
     shown = {one.setting.name: one.setting.shown for one in found}
     notes += [level.sentence for level in levels if level.sentence and level.split == shown[level.setting]]
     return list(dict.fromkeys(notes))
+
+
+def _failed(recipe: str, names: Sequence[str], runs: int, majority: float, split: str) -> str:
+    """
+    >>> _failed("ft", ["ft-head0-order0", "ft-head0-order1"], 4, 0.62, "test")[:66]
+    'ft failed in 2 of 4 runs on test (ft-head0-order0 and ft-head0-ord'
+    """
+    if not names:
+        return ""
+    why = f"accuracy at or under {majority:.3f}, the share of the majority class"
+    return f"{recipe} failed in {len(names)} of {runs} runs on {split} ({listed(names)}): {why}"
+
+
+def _varied(design: Design) -> list[str]:
+    """Which runs the numbers of a comparison whose streams vary apart are of."""
+    streams = list(design.seeds[0])
+    if len(streams) < 2:
+        return []
+    return [
+        f"{listed(streams)} vary apart: means are of all runs; differences, standard deviations and the best of n are of those whose "
+        f"{listed(streams)} have the same number, as no others are independent of each other"
+    ]
 
 
 def _searched(desk: Desk, design: Design) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from luthier.comparison import Versus
@@ -31,7 +32,8 @@ def outcome(pairs: Sequence[Versus], metric: str, *, several: bool) -> tuple[str
         claims += [
             _in(here[0], _beaten(winner, losers, split, unit_of(metric)), several) for winner, losers in won.items()
         ]
-        left = [pair for pair in here if not pair.claimed]
+        rest += [_in(pair, pair.sentence, several) for pair in here if math.isnan(pair.value)]  # it says why
+        left = [pair for pair in here if not pair.claimed and not math.isnan(pair.value)]
         if left:
             rest.append(_in(here[0], _apart(left, split), several))
     return (*claims, *rest)
@@ -44,7 +46,7 @@ def _beaten(winner: str, losers: dict[str, float], split: str, unit: Unit) -> st
     """
     told = [f"{unit.factor * value:.{unit.digits}f}" for value in sorted(losers.values())]
     by = told[0] if told[0] == told[-1] else f"{told[0]} to {told[-1]}"
-    return f"{winner} beats {_listed(list(losers))} on {split} by {by}{' ' + unit.name if unit.name else ''}"
+    return f"{winner} beats {listed(list(losers))} on {split} by {by}{' ' + unit.name if unit.name else ''}"
 
 
 def _apart(pairs: Sequence[Versus], split: str) -> str:
@@ -55,14 +57,14 @@ def _apart(pairs: Sequence[Versus], split: str) -> str:
     if common and len(pairs) > 1:
         one = common.pop()
         return (
-            f"{which} {_listed([pair.other if pair.one == one else pair.one for pair in pairs])} from {one} on {split}"
+            f"{which} {listed([pair.other if pair.one == one else pair.one for pair in pairs])} from {one} on {split}"
         )
-    return f"{which} {_listed([f'{pair.one} from {pair.other}' for pair in pairs])} on {split}"
+    return f"{which} {listed([f'{pair.one} from {pair.other}' for pair in pairs])} on {split}"
 
 
-def _listed(names: Sequence[str], most: int = 15) -> str:
+def listed(names: Sequence[str], most: int = 15) -> str:
     """
-    >>> _listed(["a"]), _listed(["a", "b", "c"]), _listed(["a", "b", "c"], 2)
+    >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 2)
     ('a', 'a, b and c', 'a, b and 1 more')
     """
     if len(names) > most:

@@ -1,7 +1,9 @@
 """Recipes against each other: differences paired by seed and test row, and what can be claimed of them.
 
-Two families of comparisons are corrected, each by itself: all pairs of recipes on the split that is looked at first, and all pairs on
-all shifted tests together.
+In each setting two families of comparisons are corrected, each by itself: all pairs of recipes on the split that is looked at first, and
+all pairs on all shifted tests together. So the chance of a false claim is at most alpha in each family, and not in all together.
+
+Where streams vary apart, runs that share a head's start or an order are no independent seeds, so only the diagonal of the grid is paired.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from luthier import evaluate
 from luthier.comparison import Setting, Versus
 from luthier.core.ingredient import Outputs
 from luthier.core.scores import HIGHER_IS_BETTER, Array, ece, log_softmax, softmax
+from luthier.errors import DataError
 from luthier.statistics.exact import mcnemar, smallest_p
 from luthier.statistics.paired import Difference, difference, difference_by
 from luthier.statistics.verdict import PLAIN, POINTS, Pair, Test, Unit, Verdict, sentence, verdicts
+from luthier.trials.design import independent
 
 ALPHA = 0.05
 RESAMPLES = 400  # of the rows, for metrics that are no mean over rows
@@ -64,18 +68,22 @@ def versus(
         many, single = [], []
         for split in family:
             for one, other in couples(recipes, against):
-                both = [seeds for seeds in by[one] if seeds in by[other]]
+                both = [seeds for seeds in by[one] if seeds in by[other] and independent(seeds)]
                 if len(both) < (2 if selected else 1):
                     continue
                 mine, theirs = ([by[name][seeds].outputs[split] for seeds in both] for name in (one, other))
+                try:
+                    if len(both) == 1:
+                        single.append(_one_seed(setting, split, one, other, mine[0], theirs[0], metric))
+                        continue
+                    pair = Pair(one, other, split, _difference(mine, theirs, metric))
+                except DataError as error:
+                    single.append(_undefined(setting, split, one, other, mine, theirs, metric, error))
+                    continue
                 if selected:
-                    single.append(
-                        _selected(setting, Pair(one, other, split, _difference(mine, theirs, metric)), metric)
-                    )
-                elif len(both) == 1:
-                    single.append(_one_seed(setting, split, one, other, mine[0], theirs[0], metric))
+                    single.append(_selected(setting, pair, metric))
                 else:
-                    many.append(Pair(one, other, split, _difference(mine, theirs, metric)))
+                    many.append(pair)
         made += [_told(setting, verdict, metric) for verdict in _judged(many)] + single
     return made
 
@@ -100,13 +108,19 @@ def _difference(one: Sequence[Outputs], other: Sequence[Outputs], metric: str) -
     by_row = ROWS.get(metric)
     if by_row is not None:
         return difference(*(np.array([by_row(out) for out in side]) for side in (one, other)))
-    sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
-    whole = _SCORES.get(metric) or (lambda out: evaluate.regression(out.logits[:, 0], out.targets)[metric])
 
     def scorer(side: Sequence[Outputs]) -> Callable[[Array], Array]:
-        return lambda at: np.array([sign * whole(Outputs(out.logits[at], out.targets[at])) for out in side])
+        return lambda at: np.array([_score(Outputs(out.logits[at], out.targets[at]), metric) for out in side])
 
     return difference_by(scorer(one), scorer(other), len(one[0].targets), resamples=RESAMPLES)
+
+
+def _score(out: Outputs, metric: str) -> float:
+    """Larger is better; nan where the metric is not defined."""
+    if metric in ROWS:
+        return float(ROWS[metric](out).mean())
+    score = _SCORES[metric](out) if metric in _SCORES else evaluate.regression(out.logits[:, 0], out.targets)[metric]
+    return math.nan if score is None else float(score if HIGHER_IS_BETTER[metric] else -score)
 
 
 def _right(out: Outputs) -> Array:
@@ -190,6 +204,31 @@ def _one_seed(
     why = f", McNemar p = {p:.2g} for these two models" if test == "McNemar" else ""
     told = f"one seed cannot separate {one} from {other} on {split}: {told}{why}; run more seeds"
     return _unclaimed(setting, split, one, other, (apart, low, high), (apart,), told, p=p, test=test)
+
+
+def _undefined(
+    setting: Setting,
+    split: str,
+    one: str,
+    other: str,
+    mine: Sequence[Outputs],
+    theirs: Sequence[Outputs],
+    metric: str,
+    error: DataError,
+) -> Versus:
+    """A pair with a run, or too few rows, of which the metric or the statistics can tell nothing; the difference is nan."""
+    scores = {name: [_score(out, metric) for out in side] for name, side in ((one, mine), (other, theirs))}
+    gone = {name: sum(not math.isfinite(score) for score in each) for name, each in scores.items()}
+    runs = " and ".join(f"{many} of {len(mine)} runs of {name}" for name, many in gone.items() if many)
+    why = f"{metric} is not defined for {runs}"
+    if not runs:
+        told = "; ".join(f"{fault.where} {fault.must}; got {fault.got}" for fault in error.faults)
+        why = f"its rows give no interval of {metric} ({told})"
+    elif metric in ("pearson", "spearman"):
+        why += ", where all predictions or all targets are the same"
+    told = f"nothing is claimed of {one} and {other} on {split}: {why}"
+    by_seed = tuple(a - b for a, b in zip(*scores.values(), strict=True))
+    return _unclaimed(setting, split, one, other, (math.nan, math.nan, math.nan), by_seed, told)
 
 
 def _unclaimed(

@@ -127,7 +127,7 @@ def recipes_of(given: Recipes, sets: Sequence[str]) -> dict[str, Recipe]:
 def inside(name: str, error: LuthierError) -> list[Fault]:
     """The faults of ``error``, each under ``name``."""
     if not error.faults:
-        return [Fault(name, str(error))]
+        return [Fault(name, str(error).rstrip("."))]
     return [dataclasses.replace(fault, where=f"{name}: {fault.where}".rstrip(": ")) for fault in error.faults]
 
 

@@ -7,18 +7,18 @@ that settings differ and luck does not; none of them is a run of the comparison.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.core.scores import HIGHER_IS_BETTER
 from luthier.jsonfile import write_whole
+from luthier.stock import alone
 from luthier.trials import budget, proposals
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk
@@ -149,7 +149,9 @@ class Search:
             self._keep({**one, "score": score, "metric": metric, "seconds": took})
 
     def _conclude(self, told: list[dict[str, Any]]) -> None:
-        """Writes the winner: the best on validation, of equal ones the earliest. Runs with other settings are put aside first."""
+        """Writes the winner: the best on validation, of equal ones the earliest. First runs with other settings are put aside, as are
+        those that were made before there was a winner.
+        """
         scored = [one for one in told if one["score"] is not None]
         sign = 1 if scored and HIGHER_IS_BETTER[scored[0]["metric"]] else -1
         best = max(scored, key=lambda one: (sign * one["score"], -one["number"]), default=None)
@@ -167,15 +169,16 @@ class Search:
             "seconds": sum(one["seconds"] for one in told),
             "trials": [{name: one[name] for name in ("values", "score", "seconds")} for one in told],
         }
-        if before is not None and before["values"] != found["values"]:
+        if before is None or before["values"] != found["values"]:
+            named = "unsearched" if before is None else f"search{before['trial']}"
             for trial in self.design.trials():
                 if (trial.setting, trial.recipe) == (self.setting, self.recipe):
-                    self._aside(trial, before["trial"])
+                    self._aside(trial, named)
         write_whole(self._file(".json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
-    def _aside(self, trial: Trial, winner: int | None) -> None:
+    def _aside(self, trial: Trial, named: str) -> None:
         run, at = self.desk.run(trial), 0
-        while (to := self.desk.path / "earlier" / f"{trial.name}-search{winner}{f'-{at}' if at else ''}").exists():
+        while (to := self.desk.path / "earlier" / f"{trial.name}-{named}{f'-{at}' if at else ''}").exists():
             at += 1
         if run.exists():
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -189,10 +192,5 @@ class Search:
     def _file(self, ending: str) -> Path:
         return self.desk.path / "search" / f"{self.name}{ending}"
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        lock = self._file(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _alone(self) -> AbstractContextManager[None]:
+        return alone(self._file(".lock"))

@@ -48,7 +48,7 @@ def work(
     """
     desk, design = Desk(Path(folder)), Design.load(Path(folder))
     shared = stock or Stock(desk.shared)
-    known = {trial.name: trial for trial in design.trials()}
+    known = [trial.name for trial in design.trials()]
     if missing := [name for name in only if name not in known]:
         raise LuthierError(f"{', '.join(missing)}: no such run in {folder}.  There are: {', '.join(known)}.")
     done = 0
@@ -57,15 +57,14 @@ def work(
         one(desk, now, trial, narrator(trial), shared, save_every, share)
 
     def searching(now: Design) -> set[tuple[str, str]]:
-        return waiting(desk, now) & {
-            (trial.setting, trial.recipe) for name, trial in known.items() if name in (only or known)
-        }
+        mine = {(trial.setting, trial.recipe) for trial in now.trials() if not only or trial.name in only}
+        return waiting(desk, now) & mine
 
     try:
         with interruptible():
             while True:
                 before = done
-                design = Design.load(desk.path)  # a search may have got more budget
+                design = Design.load(desk.path)  # recipes may have come, and searches got more budget
                 done += search(desk, design, do, searching(design))
                 left = [turn for turn in turns(desk, design) if not only or turn[0].name in only]
                 if not left and not searching(design):

@@ -17,11 +17,12 @@ from luthier.comparing import compare
 from luthier.comparison import Comparison
 from luthier.errors import LuthierError
 from luthier.narrate import Silent
-from luthier.outputs import kept
+from luthier.outputs import keep, kept
 from luthier.statistics.exact import mcnemar
 from luthier.trials import work as workshop
 from luthier.trials.design import Design
 from luthier.trials.desk import Desk
+from luthier.trials.gather import gather
 from luthier.trials.watch import Watch
 from tests.little import recipe, same, sentences, weights
 
@@ -249,6 +250,43 @@ def test_a_regression_is_compared_by_its_error(tiny_model, tmp_path):
     assert "RMSE" in (tmp_path / "out" / "compare.html").read_text()
 
 
+def test_a_constant_regression_leaves_its_pair_unclaimed_and_all_else_is_told(tiny_model, tmp_path):
+    rows = sentences(120)
+    rows["label"] = [len(text.split()) / 7 + (label == "good") for text, label in rows.itertuples(index=False)]
+    out = tmp_path / "out"
+    asked = {"model": tiny_model, "data": rows, "out": out, "seeds": 2, "metric": "pearson"}
+    found = compare([FT, LP], **asked)
+    assert len(found.levels) == 4 and np.isfinite(found.versus[0].value)
+    run = out / "runs" / "lp-seed1"
+    constant = {
+        name: dataclasses.replace(one, logits=np.ones_like(one.logits)) if name == "test" else one
+        for name, one in kept(run).items()
+    }
+    keep(run, constant)
+    report = json.loads((run / "report.json").read_text())
+    report["metrics"]["test"] |= {"pearson": None, "spearman": None}
+    (run / "report.json").write_text(json.dumps(report))
+    found = compare([FT, LP], **asked)
+    assert np.isnan(found.versus[0].value) and not found.versus[0].claimed
+    assert "pearson is not defined for 1 of 2 runs of lp" in found.outcome[0]
+    assert {(one.recipe, one.split): one.seeds for one in found.levels}["lp", "test"] == 1
+    assert len(found.levels) == 4
+    assert "not defined for 1 of 2 runs of lp" in (out / "compare.html").read_text()
+    assert np.isnan(Comparison.load(out).versus[0].high)
+
+
+def test_a_metric_of_another_task_and_data_of_two_tasks_are_refused_before_any_run(tiny_model, data, tmp_path):
+    with pytest.raises(LuthierError, match="--metric  must be a metric of classification; got 'rmse'"):
+        compare([FT, LP], model=tiny_model, data=data, out=tmp_path / "out", metric="rmse")
+    rows = sentences(60)
+    rows["label"] = [len(text) / 7 for text in rows["text"]]
+    rows.to_csv(tmp_path / "numbers.csv", index=False)
+    both = [data, str(tmp_path / "numbers.csv")]
+    with pytest.raises(LuthierError, match="the data  must be of one task.* as classification, .*numbers.csv as regr"):
+        compare([FT, LP], model=tiny_model, data=both, out=tmp_path / "out", metric="accuracy")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_and_models_in_memory_are_written_beside_the_runs(tiny_model, tmp_path):
     pair = (
         AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2),
@@ -262,6 +300,11 @@ def test_rows_and_models_in_memory_are_written_beside_the_runs(tiny_model, tmp_p
     )
     with pytest.raises(LuthierError, match="must be the data this comparison began with"):
         compare([LP], model=pair, data={"train": rows[:50], "test": rows[60:]}, out=tmp_path / "out", seeds=1)
+    asked = {"data": {"train": rows[:60], "test": rows[60:]}, "out": tmp_path / "out", "seeds": 1}
+    assert compare([LP], model=pair, **asked) == found
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)  # with another head
+    with pytest.raises(LuthierError, match="must be the model this comparison began with"):
+        compare([LP], model=(other, pair[1]), **asked)
 
 
 def test_what_is_wrong_is_told_at_once_and_nothing_is_left_behind(tiny_model, tmp_path):
@@ -336,8 +379,34 @@ def test_nothing_is_claimed_on_the_split_that_a_recipe_chose_by(tiny_model, tmp_
     assert "nothing is claimed on validation, by which some recipe chose" in found.versus[0].sentence
 
 
-def test_streams_vary_apart(tiny_model, data, tmp_path):
-    found = compare([LP, FT], model=tiny_model, data=data, out=tmp_path / "out", seeds=2, vary=["head", "order"])
+def test_a_recipe_without_data_is_refused_before_any_run_beside_one_that_names_its_own(tiny_model, data, tmp_path):
+    own = dataclasses.replace(FT, name="own", data={"in": data})
+    with pytest.raises(LuthierError, match=r"ft  --data must be given, or data: {in: PATH} in the recipe\.$"):
+        compare([own, FT], model=tiny_model, out=tmp_path / "out", seeds=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_that_would_be_measured_on_other_rows_are_refused_before_any_run(tiny_model, tmp_path):
+    for name, seed in (("mine", 0), ("yours", 1)):
+        sentences(seed=seed).to_csv(tmp_path / f"{name}.csv", index=False)
+    mine, yours = (
+        dataclasses.replace(FT, name=name, data={"in": str(tmp_path / f"{name}.csv")}) for name in ("mine", "yours")
+    )
+    with pytest.raises(LuthierError, match=r"yours  must be measured on the rows of mine, as runs are paired by row"):
+        compare([mine, yours], model=tiny_model, out=tmp_path / "out", seeds=1)
+    other = dataclasses.replace(mine, name="other-split", seeds={"split": 1})
+    with pytest.raises(LuthierError, match=r"other-split  must be measured on the rows of mine"):
+        compare([mine, other], model=tiny_model, out=tmp_path / "out", seeds=1, vary=["head"])
+    assert not (tmp_path / "out").exists()
+
+
+def report_of(runs, seeds) -> luthier.Report:
+    return luthier.Report.load(runs / f"ft-head{seeds[0]}-order{seeds[1]}")
+
+
+def test_streams_vary_apart(tiny_model, data, tmp_path, monkeypatch):
+    asked = {"seeds": 2, "vary": ["head", "order"], "metric": "nll"}
+    found = compare([LP, FT], model=tiny_model, data=data, out=tmp_path / "out", **asked)
     assert [one.seeds for one in found.trials if one.recipe == "ft"] == [
         {"head": 0, "order": 0},
         {"head": 0, "order": 1},
@@ -353,5 +422,20 @@ def test_streams_vary_apart(tiny_model, data, tmp_path):
     assert len(set(first)) == 4  # other heads, or other rows in the first step
     parts = found.variance["data"]["ft"]["shares"]
     assert sum(parts.values()) == pytest.approx(1.0) or sum(parts.values()) == 0.0
+    scores = {seeds: report_of(runs, seeds).metrics for seeds in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    level = next(one for one in found.levels if (one.recipe, one.split) == ("ft", "test"))
+    test = {seeds: told["test"]["nll"] for seeds, told in scores.items()}
+    assert (level.seeds, level.mean) == (4, pytest.approx(np.mean(list(test.values()))))
+    alone = np.std([test[0, 0], test[1, 1]], ddof=1)  # the other two share something with both
+    assert level.sd == pytest.approx(alone) != pytest.approx(np.std(list(test.values()), ddof=1))
+    best = [scores[at, at]["validation"]["nll"] for at in (0, 1)]
+    assert [one["n"] for one in found.best_of["data"]["ft"]] == [1, 2]
+    assert found.best_of["data"]["ft"][0]["expected"] == pytest.approx(np.mean(best))
+    assert all(len(one.by_seed) == 2 for one in found.versus)
+    assert any(note.startswith("head and order vary apart: means are of all runs") for note in found.notes)
+    monkeypatch.setattr("luthier.statistics.runs.majority_share", lambda targets: 1.0)
+    level = next(one for one in gather(tmp_path / "out").levels if (one.recipe, one.split) == ("ft", "test"))
+    assert level.failed == tuple(f"ft-head{h}-order{o}" for h, o in test)
+    assert all(name in level.sentence for name in level.failed)
     solved = [luthier.Report.load(runs / f"lp-head{h}-order0").metrics["test"] for h in (0, 1)]
     assert solved[0]["n"] == solved[1]["n"]

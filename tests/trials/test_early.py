@@ -292,6 +292,8 @@ def test_a_second_call_does_nothing_more_and_another_early_stop_is_refused(made,
     for other in ({"early": "start=4,share=0.5,keep=3"}, {"seeds": 4}):
         with pytest.raises(LuthierError, match="must be what it was when this comparison began"):
             compare([FT, LP_FT], model=tiny_model, data=data, out=out, **other)
+    with pytest.raises(LuthierError, match="--metric  must be what it was"):  # by which other runs would go on
+        compare([FT, LP_FT], model=tiny_model, data=data, out=out, early="start=4,share=0.5,keep=2", metric="nll")
 
 
 def scripted(monkeypatch, values: dict[int, float]) -> None:

@@ -19,6 +19,7 @@ from luthier.errors import LuthierError, MissingExtra
 from luthier.narrate import Silent
 from luthier.recipe.text import read
 from luthier.trials import proposals
+from luthier.trials import work as workshop
 from luthier.trials.design import Asked, Design
 from luthier.trials.desk import Desk
 from luthier.trials.search import SEED, Search
@@ -156,6 +157,15 @@ def test_more_budget_goes_on_and_runs_with_other_settings_are_put_aside(tmp_path
         assert waiting(more.desk, more.design) == set()
 
 
+def test_runs_that_were_made_without_the_search_are_put_aside_when_it_has_a_winner(tmp_path):
+    search = written(tmp_path, {"runs": 2})
+    run = search.desk.run(search.design.trials()[0])
+    run.mkdir(parents=True)
+    (run / "report.json").write_text("{}")
+    to_the_end(search, scored(search, lambda number, rate: 0.5))
+    assert not run.exists() and (tmp_path / "earlier" / "ft-seed0-unsearched" / "report.json").exists()
+
+
 def test_no_more_search_while_runs_with_the_earlier_settings_are_under_way(tmp_path):
     search = written(tmp_path, {"runs": 2})
     more = dataclasses.replace(search.design, more={"search": {**search.design.more["search"], "budget": {"runs": 3}}})
@@ -243,6 +253,31 @@ def test_called_again_it_does_nothing_and_another_search_is_refused(made, tiny_m
             compare([FT, LP], model=tiny_model, data=data, out=out, **{**ASKED, **other})
     with pytest.raises(LuthierError, match="--search"):
         compare([FT, LP], model=tiny_model, data=data, out=out, seeds=2, metric="nll")
+    for metric, got in (("accuracy", "accuracy"), (None, "the task's own")):  # by which another trial would win
+        with pytest.raises(LuthierError, match=f"--metric  must be what it was .* got {got}.  It was nll"):
+            compare([FT, LP], model=tiny_model, data=data, out=out, **{**ASKED, "metric": metric, "budget": 5})
+
+
+def test_a_recipe_that_is_added_with_a_search_while_a_worker_runs_is_searched_by_it_first(
+    tiny_model, data, tmp_path, monkeypatch
+):
+    asked = {"model": tiny_model, "data": data, "out": tmp_path / "out", "metric": "nll", "seeds": 2}
+    designed([LP], **asked)
+    real, begun = workshop.one, []
+
+    def one(desk, design, trial, *rest):
+        begun.append((trial.name, design.recipe(trial).stages[-1].learning_rate))
+        if len(begun) == 1:
+            designed([LP, FT], **asked, search=[f"ft:{RATE}=one:0.5,0.25"], budget=2)
+        real(desk, design, trial, *rest)
+
+    monkeypatch.setattr(workshop, "one", one)
+    assert work(tmp_path / "out") == len(begun) == 6
+    [search] = searches(Desk(tmp_path / "out"), Design.load(tmp_path / "out"))
+    rates = dict(begun)
+    assert {rates["ft-search0"], rates["ft-search1"]} == {0.5, 0.25}
+    assert {rates["ft-seed0"], rates["ft-seed1"]} == {search.winner["values"][RATE]}
+    assert not (tmp_path / "out" / "earlier").exists()
 
 
 def test_two_processes_share_a_search_and_do_no_run_twice(tiny_model, data, tmp_path):
