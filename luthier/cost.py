@@ -36,15 +36,19 @@ def forecast(
 ) -> Memory:
     """Memory of one step, in bytes.
 
-    Activations: a block that is trained, or lies above one that is, keeps about 16 numbers a token and hidden unit and 2 numbers a
-    token, token and head for its backward pass; the largest
-    batch of the first epoch is assumed.
+    Activations: for each forward pass that waits for its backward pass (``Ingredient.waiting``), a block that is trained, or lies above
+    one that is, keeps about 16 numbers a token and hidden unit and 2 numbers a token, token and head. A block below them keeps half of
+    the former where a loss asks for the gradient at the embeddings, as no weight asks for a linear layer's input; else nothing. The
+    largest batch of the first epoch is assumed. Where no pass waits there are no gradients.
     Source: Korthikanti et al., MLSys 2023 (arXiv:2205.05198), table 2, without tensor parallelism and in 4-byte numbers.
     Differs: their count is in 2-byte numbers and one-byte dropout masks; ours counts every kept number as 4 bytes.
     """
     weights = sum(row.part.bytes for row in table.rows)
     trained = [row for row in table.rows if row.trainable]
-    gradients = 0 if stage.solver == "exact" else sum(row.part.bytes for row in trained)
+    above, below = 1, 0
+    for part in ingredients:
+        above, below = part.waiting(above, below)
+    gradients = 0 if stage.solver == "exact" or not above else sum(row.part.bytes for row in trained)
     state = sum(part.state_bytes(table) for part in ingredients)
     config = getattr(shape, "config", None)
     hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", 0) or 0
@@ -53,12 +57,12 @@ def forecast(
     if stream is not None and stream.lengths and trained:
         rows, longest = _largest(stream, stage.micro_batch)
         lowest = min(row.part.depth for row in trained)
-        layers = (
-            getattr(config, "num_hidden_layers", table.anatomy.blocks) if table.anatomy.shared else table.anatomy.blocks
-        )
-        kept = max(0, layers - max(0, lowest - 1))
+        blocks = table.anatomy.blocks
+        uses = getattr(config, "num_hidden_layers", blocks) // blocks if table.anatomy.shared else 1
+        over = max(0, blocks - max(0, lowest - 1))
+        kept, crossed = above * over * uses, below * (blocks - over) * uses
         tokens = rows * longest
-        activations = 4 * kept * (16 * tokens * hidden + 2 * heads * tokens * longest)
+        activations = 4 * tokens * ((16 * kept + 8 * crossed) * hidden + 2 * heads * longest * (kept + crossed))
     return Memory(weights, gradients, state, activations)
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier import stages
+from luthier.core.seeds import remembered
 from luthier.job import Columns, Job, prepare
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import logits
@@ -42,7 +41,7 @@ def forecast(
     """The plan of a run, shown, with the minutes and the memory it will take.
 
     Args:
-        timed: whether two steps of each stage are taken, on a copy of the model, to forecast its time.
+        timed: whether up to three steps of each stage are taken, on a copy of the model, to forecast its time.
     Raises:
         LuthierError: whatever ``fit`` would refuse before its first step.
     """
@@ -91,7 +90,7 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
         return 0.0, f"not timed: {error}"
     quick = QuickRandom(job.recipe.seed)
     handle = quicken(run.model, quick) if placement.device.type == "cpu" else None
-    state = torch.random.get_rng_state()
+    put_back = remembered([placement.device])
     taken: list[float] = []
     try:
         for step, rows, _ in stages.steps(plan, 0):
@@ -102,7 +101,7 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
             if step == 2:
                 break
     finally:
-        torch.random.set_rng_state(state)
+        put_back()
         if handle is not None:
             handle.remove()
     each = min(taken)

@@ -32,7 +32,7 @@ class Probe:
         strength: the chosen C (classification: inverse penalty) or alpha (regression: penalty).
         path: (strength, validation score) for each strength tried: accuracy, or root mean squared error.
         iterations: of the chosen fit.
-        converged: whether every fit ended at its tolerance.
+        converged: whether that fit ended at its tolerance; those of the search may have stopped at ``max_iter``.
     """
 
     weight: Array

@@ -17,6 +17,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.plan import Plan, compose, skeleton
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks, data, models, places, tasks
+from luthier.sources.limits import pad_id
 from luthier.sources.text import Encoded, encode
 from luthier.stock import Stock, key
 
@@ -44,8 +45,7 @@ class Job:
     @property
     def pad_id(self) -> int:
         """The token that fills batches up."""
-        known = getattr(self.loaded.tokenizer, "pad_token_id", None)
-        return int(known if known is not None else self.loaded.model.config.pad_token_id or 0)
+        return pad_id(self.loaded.model, self.loaded.tokenizer)
 
     def targets(self, split: str) -> np.ndarray[Any, Any]:
         """What there is to predict in ``split``, shape (rows,)."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from luthier import stages
 from luthier.core.claims import Place
@@ -99,17 +98,18 @@ def _tried(
     run, inner = stages.attach(trial, made.stages[0], job.loaded.model, placement)
     stages.keep_frozen(trial, run, inner, placement, narrator)
     hooks = Hooks(save=lambda step, run: None, stop=stop, log=lambda values: None)
+    value: float | None = None
     try:
         stages.train(trial, run, placement, Trace(), hooks, narrator)
+        value = stages.score(trial, run.forward, placement)[job.metric]
     except stages.NotFinite:
-        return None
-    value: float = stages.score(trial, run.forward, placement)[job.metric]
+        pass
     placement.settle(run.model)
     run.finish()
     for weight in job.loaded.model.parameters():
         weight.requires_grad_(True)
         weight.grad = None
-    return value if torch.isfinite(torch.tensor(value)) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _spare(job: Job) -> int:

@@ -20,6 +20,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
 from luthier.report import Report
+from luthier.sources.data import Split, digest
 from luthier.stock import Stock
 
 # What the sum of floating-point numbers depends on, and how a cause is called: top-level names of environment.json.
@@ -29,6 +30,8 @@ CAUSES = {
     "precision": "another precision", "device": "another device", "gpus": "another device",
     "processor": "another processor", "platform": "another system",
 }  # fmt: skip
+
+FLAGS = {"model": "--model", "data": "--data", "out_domain": "--out-domain"}  # how what has moved is given anew
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,14 @@ def rerun(
     arguments["ood"] = arguments["ood"] | dict(ood or {})
     recipe = recipes.read(path / "recipe.yaml")
     then = surroundings(path)
-    faults = [*_gone(path, call, arguments), *_read_otherwise(path, recipe, report, then)]
+    faults = [*gone(path, call, arguments, FLAGS), *_read_otherwise(path, recipe, report, then)]
     if faults:
         raise LuthierError.of(faults, f"rerun of {path}")
     stock = Stock()  # so that what is read to be checked is not read again
     others = {name: arguments[name] for name in ("model", "ood", "out_domain", "label_map")}
     columns = Columns(arguments["text"], arguments["text_pair"], arguments["label"])
     job = prepare(recipe, data_source=arguments["data"], columns=columns, stock=stock, **others)
-    faults = [*_other_sources(path, job, report)]
+    faults = [*other_data(path, job.data.source, job.data.splits, report), *other_weights(path, job, report)]
     if faults:
         raise DataError.of(faults, f"rerun of {path}")
     del job
@@ -128,9 +131,8 @@ def _new(out: Path) -> Path:
     return out
 
 
-def _gone(run: Path, call: Call, arguments: Mapping[str, Any]) -> Iterator[Fault]:
-    """What the run was called with and is neither there nor given anew."""
-    flags = {"model": "--model", "data": "--data", "out_domain": "--out-domain"}
+def gone(run: Path, call: Call, arguments: Mapping[str, Any], flags: Mapping[str, str]) -> Iterator[Fault]:
+    """What the run was called with and is neither there nor given anew: the names in ``flags``, which say how to give it, and ``ood``."""
     sought = {**{name: arguments[name] for name in flags}, **{f"ood.{k}": v for k, v in arguments["ood"].items()}}
     if isinstance(sought["data"], Mapping):
         sought |= {f"data.{split}": place for split, place in sought.pop("data").items()}
@@ -155,15 +157,19 @@ def _read_otherwise(run: Path, recipe: Recipe, report: Report, then: Mapping[str
         yield Fault(str(run / "recipe.yaml"), must, recipe.digest, do)
 
 
-def _other_sources(run: Path, job: Job, report: Report) -> Iterator[Fault]:
-    """Data whose contents, or a model whose pretrained weights, are not those of the run."""
-    if job.data.digest != report.data["digest"]:
-        sizes = {name: len(split) for name, split in job.data.splits.items()}
+def other_data(run: Path, source: str, splits: Mapping[str, Split], report: Report) -> Iterator[Fault]:
+    """Data that does not hold what it held when the run was made; other rows would be held out than those it did not train on."""
+    if digest(splits) != report.data["digest"]:
+        sizes = {name: len(split) for name, split in splits.items()}
         got = "other texts or labels"
         if sizes != report.data["sizes"]:
             got = f"{_counted(sizes)} rows, and not {_counted(report.data['sizes'])}"
         do = "Put the data back as it was, or give a copy of it with --data; for other data, luthier fit makes a new run."
-        yield Fault(job.data.source, f"must hold what it held when {run} was made", got, do)
+        yield Fault(source, f"must hold what it held when {run} was made", got, do)
+
+
+def other_weights(run: Path, job: Job, report: Report) -> Iterator[Fault]:
+    """A model whose pretrained weights are not those of the run."""
     known = report.model.get("pretrained")
     if known and job.loaded.pretrained != known and job.task.label_names == report.labels:
         do = "Put the weights back as they were, or give a copy of them with --model."

@@ -7,7 +7,7 @@ Source: Wortsman, Ilharco, Gadre, Roelofs, Gontijo-Lopes, Morcos, Namkoong, Farh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +15,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from luthier.checkpoint import atomically
+from luthier.call import Call
 from luthier.core.ingredient import Outputs
 from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, LuthierError, ModelError
-from luthier.jsonfile import write_whole
+from luthier.jsonfile import atomically, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import by_split, logits, scores
+from luthier.recipe import text as recipes
 from luthier.report import Report
+from luthier.reruns import gone, other_data
 from luthier.sources import data as sources
 from luthier.sources import models, tasks
-from luthier.sources.text import encode
+from luthier.sources.limits import pad_id
+from luthier.sources.text import Encoded, encode
 
 State = Mapping[str, Tensor]
+_HELD = "Give --data with splits that none of the runs was trained on."
 
 
 def mean(states: Sequence[State]) -> dict[str, Tensor]:
@@ -117,27 +121,28 @@ def soup(
     Args:
         runs: at least two run folders that have ended, of one model, one task and the same labels.
         out: a new folder: ``model/`` and ``soup.json``.
-        data: what it is scored on; None = where the first run's data came from.
+        data: what it is scored on: rows that no run was trained on; None = the rows that all the runs held out, read again.
         how: ``uniform`` takes all; ``greedy`` adds them one by one, the best on validation first, and keeps what does no harm there.
         ood: more shifted tests, by name.
     Raises:
-        LuthierError: the runs do not fit together, ``out`` is not empty, or there are no validation rows to be greedy on.
+        LuthierError: the runs do not fit together, their data is not what it was or was not split alike, ``out`` is not empty, or there
+            are no validation rows to be greedy on.
     """
     say = narrator or Silent()
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LuthierError(f"{target} is not empty.  Choose another --out; nothing was touched.")
     folders = [Path(run) for run in runs]
-    reports = _reports(folders)
+    reports = _reports(folders, alike=data is None)
     first = reports[0]
-    task, encoded, model, tokenizer = _pot(first, folders[0], data, ood)
+    task, encoded, model, tokenizer = _pot(reports, folders, data, ood)
     if how == "greedy" and "validation" not in encoded:
         raise LuthierError(
             "a greedy soup needs validation rows, and there are none.  Give --data, or say --how uniform."
         )
     states = [dict(models.reload(folder / "model").state_dict()) for folder in folders]
     _alike(states, folders)
-    pad = int(getattr(tokenizer, "pad_token_id", None) or 0)
+    pad = pad_id(model, tokenizer)
 
     def scored(state: State, splits: Sequence[str]) -> dict[str, Any]:
         model.load_state_dict(state)
@@ -185,41 +190,38 @@ def soup(
     return made
 
 
-def _reports(folders: Sequence[Path]) -> list[Report]:
+def _reports(folders: Sequence[Path], *, alike: bool) -> list[Report]:
+    """The runs' reports; ``alike``: whether their data must be the same, split in the same way."""
     faults = []
-    reports = []
+    ended = []
     for folder in folders:
         if not (folder / "report.json").is_file() or not (folder / "model").is_dir():
             faults.append(Fault(str(folder), "must be the folder of a run that has ended"))
             continue
-        reports.append(Report.load(folder))
+        ended.append((folder, Report.load(folder)))
     if len(folders) < 2:
         faults.append(Fault("runs", "must be two or more", str(len(folders))))
-    for folder, report in zip(folders[1:], reports[1:], strict=False):
-        one = reports[0]
+    for folder, report in ended[1:]:
+        first, one = ended[0]
         if report.labels != one.labels or report.task != one.task:
-            faults.append(Fault(str(folder), f"must have the labels of {folders[0]}", ", ".join(report.labels)))
+            faults.append(Fault(str(folder), f"must have the labels of {first}", ", ".join(report.labels)))
         if report.model.get("pretrained") != one.model.get("pretrained"):
-            must = f"must start from the pretrained model that {folders[0]} started from"
+            must = f"must start from the pretrained model that {first} started from"
             faults.append(Fault(str(folder), must, str(report.model["source"])))
-    if faults:
-        raise LuthierError.of(faults, "the runs")
-    return reports
+        if alike and report.data["digest"] != one.data["digest"]:
+            seeds = [_split_seed(at) for at in (folder, first)]
+            got = "other rows" if seeds[0] == seeds[1] else f"a split by seed {seeds[0]}, and not {seeds[1]}"
+            faults.append(Fault(str(folder), f"must have the data of {first}, split alike", got, _HELD))
+    _refuse(faults)
+    return [report for _, report in ended]
 
 
 def _pot(
-    first: Report, folder: Path, data: Any, ood: Mapping[str, Any] | None
-) -> tuple[Any, dict[str, Any], torch.nn.Module, Any]:
-    columns = first.data["columns"]
-    found = sources.read(
-        first.data["source"] if data is None else data,
-        text=columns["text"],
-        text_pair=columns["text_pair"],
-        label=columns["label"],
-        seed=first.seed,
-        ood=ood,
-    )
-    task, _ = tasks.decide(found, first.task)
+    reports: Sequence[Report], folders: Sequence[Path], data: Any, ood: Mapping[str, Any] | None
+) -> tuple[tasks.Task, dict[str, Encoded], torch.nn.Module, Any]:
+    first, folder = reports[0], folders[0]
+    found = _again(first, folder, ood or {}) if data is None else _other(first, folders, data, ood)
+    task = tasks.Classification(first.labels) if first.task == "classification" else tasks.Regression()
     tokenizer = models.reload_tokenizer(folder / "model")
     length = int(first.model["max_length"])
     encoded = {
@@ -228,6 +230,43 @@ def _pot(
         if name not in ("train", "out_domain")
     }
     return task, encoded, models.reload(folder / "model"), tokenizer
+
+
+def _again(report: Report, folder: Path, ood: Mapping[str, Any]) -> sources.Data:
+    """The run's own data, split as it was, and more shifted tests."""
+    call = Call.load(folder)
+    told = call.arguments()
+    told["ood"] |= ood
+    _refuse(gone(folder, call, told, {"data": "--data", "out_domain": "--data"}))
+    names = ("ood", "out_domain", "label_map")
+    found = _read(report, told["data"], _split_seed(folder), **{name: told[name] for name in names})
+    own = {name: found.splits[name] for name in report.data["sizes"] if name in found.splits}
+    _refuse(other_data(folder, found.source, own, report))
+    return found
+
+
+def _other(report: Report, folders: Sequence[Path], data: Any, ood: Mapping[str, Any] | None) -> sources.Data:
+    """Data that the caller names. If that is what the runs were trained on, each must have held out the same of it."""
+    found = {seed: _read(report, data, seed, ood=ood) for seed in dict.fromkeys(map(_split_seed, folders))}
+    if len({one.digest for one in found.values()}) > 1:
+        must = "must have train, validation and test of its own: the runs split their data by several seeds"
+        _refuse([Fault("data", must, ", ".join(map(str, found)), _HELD)])
+    return next(iter(found.values()))
+
+
+def _read(report: Report, data: Any, seed: int, **more: Any) -> sources.Data:
+    columns = report.data["columns"]
+    names = {name: columns[name] for name in ("text", "text_pair", "label")}
+    return sources.read(data, seed=seed, **names, **more)
+
+
+def _split_seed(folder: Path) -> int:
+    return recipes.read(folder / "recipe.yaml").seed_of("split")
+
+
+def _refuse(faults: Iterable[Fault]) -> None:
+    if found := [*faults]:
+        raise LuthierError.of(found, "the runs")
 
 
 def _alike(states: Sequence[State], folders: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
 from luthier.replay import Replay
 from luthier.report import Report
+from luthier.reruns import other_data, other_weights
 from luthier.sources import models
 from luthier.subject import KINDS, Kind, Study, Subject
 
@@ -52,7 +53,7 @@ def study(
     Returns:
         one a kind. With a run folder they are also written into ``study/`` there, and into its report.html.
     Raises:
-        LuthierError: what is needed is not there.
+        LuthierError: what is needed is not there, or is not what the run was made from.
     """
     say = narrator or Silent()
     path = Path(place)
@@ -74,6 +75,14 @@ def study(
         label_map=label_map or (None if ood else called.get("label_map")),
         narrator=say,
     )
+    if report is not None:
+        own = {name: job.data.splits[name] for name in report.data["sizes"] if name in job.data.splits}
+        # what is given anew is the caller's; without all its shifted tests it cannot be told
+        whole = data is None and not ood and out_domain is None and len(own) == len(report.data["sizes"])
+        faults = [*other_data(path, job.data.source, own, report)] if whole else []
+        faults += other_weights(path, job, report)
+        if faults:
+            raise LuthierError.of(faults, f"study of {path}")
     after = models.reload(path / "model") if report else job.loaded.model
     subject = Subject(job, after, report, Replay(job, path if report else None, say), rows)
     found = []

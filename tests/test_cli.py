@@ -86,6 +86,14 @@ def test_fit_report_and_predict_from_end_to_end(run, tiny_model, data):
     assert "must not exist yet" in err
 
 
+def test_what_is_suggested_next_names_the_data_of_the_recipe(run, tiny_model, data):
+    told = {"name": "mine", "max_length": 16, "data": {"in": str(data)}, "stages": [{"steps": 1}]}
+    Path("mine.yaml").write_text(json.dumps(told))
+    code, out, err = run("fit", "--recipe", "mine.yaml", "--model", tiny_model, "--out", "first")
+    assert code == 0, err
+    assert f"  luthier fit --recipe llrd --model {tiny_model} --data {data}\n" in out
+
+
 def test_without_out_runs_are_named_and_never_overwritten(run, tiny_model, data):
     assert fit(run, tiny_model, data, "--seed", 3)[0] == 0
     assert fit(run, tiny_model, data, "--seed", 3)[0] == 0

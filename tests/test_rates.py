@@ -71,9 +71,21 @@ def test_the_stage_is_as_one_in_which_that_rate_is_written(tiny_model, tmp_path)
     assert same(weights(tmp_path / "searched"), weights(tmp_path / "written"))
 
 
-def test_when_no_rate_gives_a_number_it_is_told(tiny_model, monkeypatch):
+def test_a_rate_at_which_the_loss_is_no_number_leaves_nothing_behind(tiny_model):
+    made = recipe([{"discriminative": SEARCH["discriminative"] | {"rates": [1e-3, 1e38]}}, "adamw"], steps=5)
+    job = prepare(made, model=tiny_model, data_source=sentences())
+    before = {name: value.clone() for name, value in job.loaded.model.state_dict().items()}
+    found = choose(job, job.plan.stages[0])
+    assert (found["rate"], found["tried"][1]) == (1e-3, [1e38, None])
+    assert same(before, job.loaded.model.state_dict())
+    assert all(weight.requires_grad and weight.grad is None for weight in job.loaded.model.parameters())
+    assert luthier.fit(made, model=tiny_model, data=sentences()).stages[0].steps == 5
+
+
+@pytest.mark.parametrize("score", [math.nan, None], ids=["not a number", "not defined"])
+def test_when_no_rate_gives_a_number_it_is_told(tiny_model, monkeypatch, score):
     job, plan = searched(tiny_model)
-    monkeypatch.setattr(stages, "score", lambda *args: {"accuracy": math.nan})
+    monkeypatch.setattr(stages, "score", lambda *args: {"accuracy": score})
     with pytest.raises(RunError, match="none of them"):
         choose(job, plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -68,13 +69,95 @@ def test_a_greedy_soup_is_never_worse_on_validation_than_its_best_run(runs, tmp_
     assert made.each[str(runs[0])]["test"] == pytest.approx(first.metrics["test"])
 
 
+def test_each_run_is_scored_on_the_rows_it_held_out_whatever_its_seed(runs, tmp_path):
+    made = luthier.soup(runs[1:], out=tmp_path / "soup", how="uniform")
+    for run in runs[1:]:
+        told = luthier.report.Report.load(run).metrics
+        assert {name: made.each[str(run)][name] for name in ("validation", "test")} == {
+            name: pytest.approx(told[name]) for name in ("validation", "test")
+        }
+
+
+def test_the_shifted_tests_of_the_run_are_scored_too(tiny_model, tmp_path):
+    sentences().to_csv(tmp_path / "data.csv", index=False)
+    sentences(12, seed=9).replace({"label": {"good": "+"}}).to_csv(tmp_path / "far.csv", index=False)
+    for seed in (1, 2):
+        luthier.fit(
+            recipe(["adamw"], steps=2),
+            model=tiny_model,
+            data=str(tmp_path / "data.csv"),
+            ood={"far": str(tmp_path / "far.csv")},
+            label_map={"far": {"+": "good"}},
+            out=tmp_path / str(seed),
+            seed=seed,
+        )
+    runs = [tmp_path / "1", tmp_path / "2"]
+    made = luthier.soup(runs, out=tmp_path / "soup", ood={"near": sentences(8, seed=5)})
+    told = luthier.report.Report.load(runs[0]).metrics["ood"]["far"]
+    assert made.each[str(runs[0])]["ood"]["far"] == pytest.approx(told)
+    assert set(made.metrics["ood"]) == {"far", "near"}
+
+
+def test_runs_that_split_their_data_otherwise_need_rows_that_none_was_trained_on(runs, tiny_model, tmp_path):
+    data, one = runs[0].parent / "data.csv", recipe(["adamw"], steps=1)
+    other = dataclasses.replace(one, seeds={"split": 5})
+    luthier.fit(other, model=tiny_model, data=str(data), out=tmp_path / "other")
+    pair, out = [runs[0], tmp_path / "other"], tmp_path / "soup"
+    with pytest.raises(LuthierError, match="must have the data of .*got a split by seed 5, and not 0.*--data"):
+        luthier.soup(pair, out=out)
+    with pytest.raises(LuthierError, match=r"data +must have train, validation and test of its own.*got 0, 5"):
+        luthier.soup(pair, out=out, data=str(data))
+    assert not out.exists()
+    own = {name: sentences(12, seed=seed) for seed, name in enumerate(("train", "validation", "test"), 20)}
+    assert luthier.soup(pair, out=out, data=own).metrics["test"]["n"] == 12
+
+
+def test_split_seeds_do_not_matter_where_the_data_has_splits(tiny_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    for seed, name in enumerate(("train", "validation", "test")):
+        sentences(30, seed=seed).to_csv(tmp_path / "data" / f"{name}.csv", index=False)
+    for seed in (1, 2):
+        one = dataclasses.replace(recipe(["adamw"], steps=1), seeds={"split": seed})
+        luthier.fit(one, model=tiny_model, data=str(tmp_path / "data"), out=tmp_path / str(seed))
+    made = luthier.soup([tmp_path / "1", tmp_path / "2"], out=tmp_path / "soup")
+    assert made.metrics["test"]["n"] == 30
+
+
+def test_data_that_has_changed_since_is_refused_and_data_in_memory_is_asked_for(tiny_model, tmp_path):
+    data = tmp_path / "data.csv"
+    sentences().to_csv(data, index=False)
+    for seed in (1, 2):
+        luthier.fit(recipe(["adamw"], steps=1), model=tiny_model, data=str(data), out=tmp_path / str(seed), seed=seed)
+        luthier.fit(recipe(["adamw"], steps=1), model=tiny_model, data=sentences(), out=tmp_path / f"m{seed}")
+    sentences(70).to_csv(data, index=False)
+    with pytest.raises(LuthierError, match="data.csv  must hold what it held"):
+        luthier.soup([tmp_path / "1", tmp_path / "2"], out=tmp_path / "soup")
+    data.unlink()
+    with pytest.raises(LuthierError, match="must be where it was .* Give --data"):
+        luthier.soup([tmp_path / "1", tmp_path / "2"], out=tmp_path / "soup")
+    pair = [tmp_path / "m1", tmp_path / "m2"]
+    with pytest.raises(LuthierError, match="it was in memory when the run was made.  Give --data"):
+        luthier.soup(pair, out=tmp_path / "soup")
+    made = luthier.soup(pair, out=tmp_path / "soup", data=sentences())
+    told = luthier.report.Report.load(pair[0]).metrics["test"]
+    assert made.each[str(pair[0])]["test"] == pytest.approx(told)
+
+
+def test_other_data_without_some_of_the_classes_keeps_their_numbers(runs, tmp_path):
+    rows = sentences(40, seed=11)
+    good = rows[rows["label"] == "good"]
+    made = luthier.soup(runs, out=tmp_path / "soup", how="uniform", data=dict.fromkeys(("train", "test"), good))
+    said = luthier.predict(runs[0], good).labels
+    assert made.each[str(runs[0])]["test"]["accuracy"] == sum(label == "good" for label in said) / len(good)
+
+
 def test_what_does_not_fit_together_is_told_at_once_and_nothing_is_written(runs, tmp_path, tiny_model):
     other = tiny_folder(tmp_path / "other", seed=7)
     luthier.fit(recipe(["adamw"], steps=1), model=other, data=sentences(), out=tmp_path / "odd")
     with pytest.raises(LuthierError) as told:
-        luthier.soup([runs[0], tmp_path / "nothing", tmp_path / "odd"], out=tmp_path / "soup")
+        luthier.soup([tmp_path / "nothing", runs[0], tmp_path / "odd"], out=tmp_path / "soup")
     assert "must be the folder of a run that has ended" in str(told.value)
-    assert "must start from the pretrained model" in str(told.value)
+    assert f"must start from the pretrained model that {runs[0]} started from" in str(told.value)
     assert not (tmp_path / "soup").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from luthier.errors import LuthierError
 from luthier.narrate import Silent
 from luthier.recipe.text import build
 from tests.little import recipe, same, sentences, weights
+from tests.tinyfolder import tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,20 @@ def test_what_is_not_there_is_told(run, tiny_model, tmp_path):
     luthier.fit(trained, model=tiny_model, data=sentences(), out=tmp_path / "memory")
     with pytest.raises(LuthierError, match="must name where its model and data came from"):
         luthier.study(tmp_path / "memory")
+
+
+def test_data_or_weights_that_have_changed_since_the_run_are_refused(tiny_model, tmp_path):
+    data, model = tmp_path / "data.csv", shutil.copytree(tiny_model, tmp_path / "model")
+    sentences().to_csv(data, index=False)
+    luthier.fit(recipe(["adamw"], steps=1), model=str(model), data=str(data), out=tmp_path / "run")
+    sentences(70).to_csv(data, index=False)
+    tiny_folder(model, seed=4)
+    with pytest.raises(LuthierError) as told:
+        luthier.study(tmp_path / "run", kinds=["clusters"])
+    assert "data.csv  must hold what it held" in str(told.value) and "must hold the weights that" in str(told.value)
+    assert not (tmp_path / "run" / "study").exists()
+    tiny_folder(model)
+    assert luthier.study(tmp_path / "run", kinds=["clusters"], data=str(data))  # other data, on purpose
 
 
 def test_no_picture_shows_unread_mathematics(run):

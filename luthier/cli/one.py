@@ -102,7 +102,8 @@ def fit(
     say.line("\nnext:")
     say.line(f"  luthier report {out}")
     say.line(f"  luthier predict {out} --data FILE --out predictions.csv")
-    say.line(f"  luthier fit --recipe llrd {'--demo' if demo else f'--model {model} --data {data}'}")
+    sources = "--demo" if demo else f"--model {model} --data {data or report.data['source']}"
+    say.line(f"  luthier fit --recipe llrd {sources}")
 
 
 def plan(

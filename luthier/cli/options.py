@@ -32,7 +32,9 @@ OutDomainOption = Annotated[
 ]
 MapOption = Annotated[
     list[str] | None,
-    typer.Option("--map", help="NAME:THEIRS=OURS: a label of a shifted test that is named otherwise; may be repeated."),
+    typer.Option(
+        "--map", help="NAME:THEIRS=OURS: a label of a shifted test, or of out_domain, named otherwise; may be repeated."
+    ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Goes before the recipe's.")]
 SetOption = Annotated[

@@ -1,7 +1,7 @@
 """What a fine-tuning method is: a frozen value with a few typed hooks that do nothing until overridden.
 
-The hooks, in the order of a stage's life: ``surgery``, ``settings``, ``batches``, ``loss``, ``optimizer``, ``watch``, ``finish``,
-``measure``.
+The hooks, in the order of a stage's life: ``tries``, ``surgery``, ``settings``, ``batches``, ``loss``, ``optimizer``, ``watch``,
+``finish``, ``measure``.
 Each attaches to an object of PyTorch's (a module, a parameter group, a loss function, an optimizer), so the same ingredient works
 in a recipe, in one's own loop and in ``transformers.Trainer``.
 """
@@ -136,6 +136,14 @@ class Ingredient:
     def state_bytes(self, table: ParamTable) -> int:
         """Memory that it keeps beside weights and gradients, in bytes; pure."""
         return 0
+
+    def waiting(self, above: int, below: int) -> tuple[int, int]:
+        """Forward passes whose activations wait for a backward pass at once; pure, for the forecast.
+
+        Args:
+            above, below: those of the loss inside, in the layers from the lowest that learns on, and in those below it.
+        """
+        return above, below
 
     @classmethod
     def name(cls) -> str:

@@ -7,7 +7,7 @@ none of them moves when another draws more. Nothing here touches a global genera
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,10 +31,27 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 @contextmanager
 def borrowed(seed: int, *names: str | int) -> Iterator[None]:
     """Code that can only draw from torch's global generator draws from the named stream; the global state is put back."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    put_back = remembered(torch.device("cuda", at) for at in range(torch.cuda.device_count()))
+    try:
         torch.manual_seed(derive(seed, *names))
         yield
+    finally:
+        put_back()
+
+
+def remembered(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Remembers where the global generators stand, the processor's and those of the CUDA ``devices``; each call of what it gives puts
+    them back there. They are set, never drawn from."""
+    state = torch.get_rng_state()
+    numbers = sorted({_number(device) for device in devices if device.type == "cuda"})
+    states = [(number, torch.cuda.get_rng_state(number)) for number in numbers]
+
+    def put_back() -> None:
+        torch.set_rng_state(state)
+        for number, one in states:
+            torch.cuda.set_rng_state(one, number)
+
+    return put_back
 
 
 def reseed(seed: int, device: torch.device) -> None:
@@ -44,4 +61,9 @@ def reseed(seed: int, device: torch.device) -> None:
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        torch.cuda.default_generators[_number(device)].manual_seed(seed)
+
+
+def _number(device: torch.device) -> int:
+    """Which CUDA device it is; plain ``cuda`` is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index

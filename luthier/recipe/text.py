@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -285,8 +285,3 @@ def _names(items: Any) -> list[str]:
 def write(recipe: Recipe) -> str:
     """The recipe as YAML with every default filled in; ``read`` gives the same recipe back."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=110)
-
-
-def ingredients_of(recipe: Recipe) -> Iterable[Ingredient]:
-    """Every ingredient of every stage."""
-    return (part for stage in recipe.stages for part in stage.ingredients)

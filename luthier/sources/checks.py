@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from luthier.errors import DataError, Fault, did_you_mean
 from luthier.sources.data import Data, Split, named_rows
+from luthier.sources.labels import IN_DOMAIN
 from luthier.sources.tasks import Task, label_name
 
 FEW_TO_CALIBRATE = 50  # rows of validation below which a temperature and a best step are mostly luck
@@ -16,15 +18,11 @@ def check(
     data: Data,
     task: Task,
     *,
-    lengths: Mapping[str, Sequence[int]] | None = None,
-    max_length: int | None = None,
     metrics: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Warnings, a line each, with counts.
 
     Args:
-        lengths: by split, each row's tokens before truncation (``text.lengths``).
-        max_length: tokens at which texts are cut; needs ``lengths``.
         metrics: metrics that something is judged by, each under where it is said, to see that they exist.
     Raises:
         DataError: every fault there is: a split without rows, an empty text, one class only in train, a label that
@@ -44,11 +42,9 @@ def check(
             faults.append(Fault(where, f"must be a metric of {task.kind}", repr(metric), do))
     if faults:
         raise DataError.of(faults, data.source)
-    cut = {name: sum(n > max_length for n in told) for name, told in (lengths or {}).items()} if max_length else {}
     return (
         *_one_class(data, task),
         *_repeated(data),
-        *truncated(cut, {name: len(split) for name, split in data.splits.items()}, max_length=max_length or 0),
         *_small(data),
     )
 
@@ -82,12 +78,15 @@ def _class_faults(data: Data, task: Task) -> list[Fault]:
         told = f"only {task.label_names[0]!r}" if known else "none"
         faults.append(Fault("train", "must have at least two classes", told, "Is this the right label column?"))
     for name, split in data.splits.items():
-        unseen = Counter(label_name(label) for label in split.labels or ()) if name != "train" else Counter[str]()
-        for label, many in sorted(unseen.items()):
-            if label not in known:
-                like = next((f"Did you mean {each!r}?  " for each in known if _plain(each) == _plain(label)), "")
-                do = f"{like}Rename or drop these rows, or leave {name} out."
-                faults.append(Fault(name, "must only have labels that train has", f"{label!r} in {_rows(many)}", do))
+        counts = Counter(label_name(label) for label in split.labels or ()) if name != "train" else Counter[str]()
+        unseen = sorted((label, many) for label, many in counts.items() if label not in known)
+        for label, many in unseen[:5]:
+            like = next((f"Did you mean {each!r}?  " for each in known if _plain(each) == _plain(label)), "")
+            cure = "Rename" if name in IN_DOMAIN else f"Say --map {shlex.quote(f'{name}:{label}=YOURS')}, rename"
+            do = f"{like}{cure} or drop these rows, or leave {name} out."
+            faults.append(Fault(name, "must only have labels that train has", f"{label!r} in {_rows(many)}", do))
+        if unseen[5:]:
+            faults.append(Fault(name, f"has {len(unseen) - 5} more such labels"))
     return faults
 
 

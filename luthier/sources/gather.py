@@ -58,7 +58,11 @@ def gather(source: Any, ood: Mapping[str, Any], out_domain: Any = None) -> Gathe
     several = [name for name, each in more.items() if len(each.tables) != 1]
     twice = [name for name in more if name in found.tables]
     faults = [Fault(name, "must be one table", "several splits") for name in several]
-    faults += [Fault(name, "must be given once", "two of that name") for name in twice]
+    do = "Leave one out; --set data=null leaves out the recipe's."
+    faults += [
+        Fault(name, "must be given once", f"{found.where(name)} of {found.name}, and {more[name].name}", do)
+        for name in twice
+    ]
     if faults:
         raise DataError.of(faults, found.name)
     tables = {**found.tables, **{name: next(iter(each.tables.values())) for name, each in more.items()}}

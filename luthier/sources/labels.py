@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Label = str | float
+IN_DOMAIN = ("train", "validation", "test")  # the splits whose labels say what is learned
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -40,20 +41,30 @@ def is_empty(cell: Any) -> bool:
 
 
 def as_labels(splits: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Label, ...]]:
-    """The label cells of all splits in one kind.
+    """The label cells of all splits in one kind, which train, validation and test decide.
 
-    Strings when any cell is no number; else whole numbers when all are whole and one at least is written without a
-    point; else numbers with decimals.
+    Strings when any cell of theirs is no number; else whole numbers when all are whole and one at least is written
+    without a point; else numbers with decimals. What does not fit in another split stays a number with decimals, or a
+    string, for the task to refuse.
 
     Args:
         splits: by split, cells that are not empty.
+
+    >>> as_labels({"train": ["0", "1"], "out_domain": ["1.0", "0.5", "pos"]})
+    {'train': (0, 1), 'out_domain': (1, 0.5, 'pos')}
     """
-    numbers = {name: [as_number(cell) for cell in cells] for name, cells in splits.items()}
-    every = [number for told in numbers.values() for number in told]
+    every = [as_number(cell) for name in IN_DOMAIN for cell in splits.get(name, ())]
     if any(number is None for number in every):
         return {name: tuple(str(cell).strip() for cell in cells) for name, cells in splits.items()}
-    kind = int if any(isinstance(n, int) for n in every) and all(n == int(n) for n in every if n is not None) else float
-    return {name: tuple(kind(number) for number in told if number is not None) for name, told in numbers.items()}
+    whole = any(isinstance(n, int) for n in every) and all(n == int(n) for n in every if n is not None)
+    return {name: tuple(_label(cell, whole) for cell in cells) for name, cells in splits.items()}
+
+
+def _label(cell: Any, whole: bool) -> Label:
+    number = as_number(cell)
+    if number is None:
+        return str(cell).strip()
+    return int(number) if whole and number == int(number) else float(number)
 
 
 def are_classes(labels: Sequence[Label]) -> bool:

@@ -38,6 +38,12 @@ def pad(model: Any, tokenizer: Any, name: str) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def pad_id(model: Any, tokenizer: Any) -> int:
+    """The token that fills batches up: the tokenizer's, else the config's, else 0."""
+    known = getattr(tokenizer, "pad_token_id", None)
+    return int(known if known is not None else model.config.pad_token_id or 0)
+
+
 def positions_of(model: Any) -> int | None:
     """How many tokens the model has positions for; None where any number goes (relative positions)."""
     for name, module in model.named_modules():

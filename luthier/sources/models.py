@@ -26,7 +26,6 @@ from luthier.sources.limits import error, max_length_of, pad
 from luthier.sources.places import is_hub_id, not_found
 from luthier.sources.tasks import Task
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Hub ids from before organisations had names; all other ids have one slash, so that a mistyped folder asks nobody.
 BARE_IDS = (
     "bert-base-uncased", "bert-base-cased", "bert-large-uncased", "bert-base-multilingual-cased", "roberta-base",
@@ -68,7 +67,6 @@ def load(
     *,
     seed: int,
     max_length: int | None = None,
-    dtype: str = "fp32",
     head: Literal["own", "mlp"] = "own",
     family: Family | None = None,
 ) -> Loaded:
@@ -82,7 +80,6 @@ def load(
         source: a folder; a hub id; ``demo`` (a folder of that name is ``./demo``); or (model, tokenizer), taken as is,
             but for the head where ``head`` is mlp, which is drawn anew in place.
         max_length: tokens; None takes what tokenizer and model allow, 512 at most.
-        dtype: fp32, bf16 or fp16.
         head: ``mlp`` draws all of a head of two layers anew (``two_layers``), even where the checkpoint has one.
         family: where the parts of a model are, for families that Luthier does not know.
     Raises:
@@ -90,9 +87,6 @@ def load(
             cannot have the head that is asked for.
         MissingExtra: ``demo`` without ``luthier[demo]``.
     """
-    if dtype not in DTYPES:
-        fault = Fault("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype), did_you_mean(dtype, DTYPES))
-        raise error(fault, "the model's options")
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if isinstance(source, tuple):
@@ -101,7 +95,7 @@ def load(
     else:
         name = str(source)
         place, local = _place(source)
-        model, tokenizer, fresh, notes = _loaded(place, task, name=name, local=local, seed=seed, dtype=DTYPES[dtype])
+        model, tokenizer, fresh, notes = _loaded(place, task, name=name, local=local, seed=seed)
     if head == "mlp":
         fresh, notes = _drawn(model, fresh, seed, family)
     pad(model, tokenizer, name)
@@ -174,7 +168,7 @@ def _place(source: str | Path) -> tuple[str, bool]:
 
 
 def _loaded(
-    place: str, task: Task, *, name: str, local: bool, seed: int, dtype: torch.dtype
+    place: str, task: Task, *, name: str, local: bool, seed: int
 ) -> tuple[nn.Module, Any, tuple[str, ...], tuple[str, ...]]:
     own: dict[str, Any] = {"local_files_only": True} if local else {}
     own["trust_remote_code"] = False
@@ -183,7 +177,7 @@ def _loaded(
         had = dict(config.id2label or {})
         tokenizer = AutoTokenizer.from_pretrained(place, **own)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **names_of(task), **own
+            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **names_of(task), **own
         )
     fresh = {key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])}
     fresh &= {key for key, _ in model.named_parameters()}

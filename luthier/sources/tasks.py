@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.core.scores import HIGHER_IS_BETTER
+from luthier.core.scores import softmax
 from luthier.errors import DataError, Fault, did_you_mean
 from luthier.sources.data import Data, Split, named_rows
-from luthier.sources.labels import Label, are_classes, as_number
+from luthier.sources.labels import IN_DOMAIN, Label, are_classes, as_number
 
 Array = npt.NDArray[Any]
 KINDS = ("auto", "classification", "regression")
@@ -41,8 +41,6 @@ class Task(Protocol):
 
     @property
     def metric_names(self) -> tuple[str, ...]: ...
-
-    def higher_is_better(self, metric: str) -> bool: ...
 
     def targets(self, labels: Sequence[Label]) -> Array: ...
 
@@ -75,9 +73,6 @@ class Classification:
     def label_names(self) -> tuple[str, ...]:
         return self.labels
 
-    def higher_is_better(self, metric: str) -> bool:
-        return HIGHER_IS_BETTER[metric]
-
     def targets(self, labels: Sequence[Label]) -> Array:
         """Class numbers, shape (n,), int64.
 
@@ -99,9 +94,7 @@ class Classification:
 
     def probabilities(self, logits: Array) -> Array:
         """Softmax in float64, shape (n, k); each row sums to one."""
-        shifted = np.asarray(logits, dtype=np.float64)
-        powers = np.exp(shifted - shifted.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+        return softmax(logits)
 
     def decode(self, logits: Array) -> list[str]:
         """The name of each row's largest logit; logits (n, k)."""
@@ -118,9 +111,6 @@ class Regression:
     label_names = ("value",)
     metric = "rmse"
     metric_names = ("rmse", "mae", "pearson", "spearman")
-
-    def higher_is_better(self, metric: str) -> bool:
-        return HIGHER_IS_BETTER[metric]
 
     def targets(self, labels: Sequence[Label]) -> Array:
         """Numbers, shape (n,), float32.
@@ -162,8 +152,8 @@ def decide(data: Data, task: str = "auto") -> tuple[Task, str]:
 
     Strings are classes. Whole numbers are classes when few values occur: at most 20, each twice on average; or ids
     without gaps from 0 or 1, at most 1000 and at most a twentieth of the rows. Numbers with decimals, and all other
-    whole numbers, are quantities. Counted over train, validation and test. Classes are sorted, as numbers where all
-    are numbers.
+    whole numbers, are quantities. Counted over train, validation and test; the other splits must then fit. Classes are
+    sorted, as numbers where all are numbers.
 
     Raises:
         DataError: an unknown ``task``; regression with labels that are not numbers; or strings that cannot be classes,
@@ -172,8 +162,8 @@ def decide(data: Data, task: str = "auto") -> tuple[Task, str]:
     if task not in KINDS:
         fault = Fault("task", f"must be one of {', '.join(KINDS)}", repr(task), did_you_mean(task, KINDS))
         raise DataError.of([fault], "the options")
-    inside = {name: split for name, split in data.splits.items() if not name.startswith("ood_")}
-    labels = [label for split in inside.values() for label in split.labels or ()]
+    inside = [data.splits[name] for name in IN_DOMAIN if name in data.splits]
+    labels = [label for split in inside for label in split.labels or ()]
     if task == "auto":
         task = "classification" if are_classes(labels) else "regression"
         if task == "classification":
@@ -206,7 +196,9 @@ def _not_numbers(where: str, split: Split) -> list[Fault]:
         return []
     rows = named_rows([split.rows[i] if split.rows else i + 1 for i, _ in bad])
     told = ", ".join(dict.fromkeys(repr(label) for _, label in bad[:3]))
-    return [Fault(f"{where}, {rows}", "must have a number as label", told, "Mend them, or use --task classification.")]
+    shifted = where.startswith("ood_") or where == "out_domain"
+    do = f"Mend them, or leave {where} out." if shifted else "Mend them, or use --task classification."
+    return [Fault(f"{where}, {rows}", "must have a number as label", told, do)]
 
 
 def _refuse_free_text(data: Data, labels: Sequence[Label]) -> None:

@@ -106,21 +106,18 @@ def collate(
     rows: Sequence[int],
     *,
     pad_id: int,
-    pad_to_multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """The rows numbered ``rows`` as one batch, padded on the right to the longest of them.
 
     Args:
         pad_id: the token that fills up; its attention is 0.
-        pad_to_multiple: the width is rounded up to a multiple of this.
     Returns:
         ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``, each (rows, width), int64;
         ``labels`` (rows,) where there are targets.
     """
     many = np.fromiter((encoded.lengths[row] for row in rows), dtype=np.int64, count=len(rows))
-    width = -(-int(many.max()) // pad_to_multiple) * pad_to_multiple
-    mask = np.arange(width) < many[:, None]
+    mask = np.arange(many.max()) < many[:, None]
     batch = {"input_ids": _padded(encoded.input_ids, rows, mask, pad_id), "attention_mask": mask.astype(np.int64)}
     if encoded.type_ids is not None:
         batch["token_type_ids"] = _padded(encoded.type_ids, rows, mask, 0)

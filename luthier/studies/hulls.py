@@ -75,11 +75,6 @@ def hull2hull(one: Array, other: Array) -> float:
     return hull_distance(one, other).upper
 
 
-def point2hull(point: Array, hull: Array) -> float:
-    """The distance of a point, shape (h,), to a hull: 0 inside."""
-    return hull2hull(np.atleast_2d(point), hull)
-
-
 def _scaled(one: Array, other: Array) -> tuple[Array, Array, float]:
     """Both around their middle and divided by their size: the largest distance to the middle."""
     a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)

@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from luthier.core.scores import Array
 from luthier.errors import DataError, Fault
-from luthier.studies.hulls import point2hull, separable
+from luthier.studies.hulls import separable
 
 _STUDY, _MOST = "a study of clusters", 5
 Members = tuple[tuple[int, ...], ...]
@@ -62,15 +62,6 @@ def clusters(vectors: Array, labels: Array, *, name: str = "vectors") -> Members
             apart[i, j] = apart[j, i] = True
             gaps[i, j] = gaps[j, i] = np.inf
     return tuple(sorted(tuple(sorted(members[row])) for row in np.flatnonzero(alive)))
-
-
-def nearest_label(vectors: Array, labels: Array, members: Members, points: Array) -> Array:
-    """DirectProbe's prediction: for each of ``points``, shape (m, h), the label of the cluster with the nearest hull; shape (m,)."""
-    x, told = np.asarray(vectors), np.asarray(labels)
-    hulls = [x[list(rows)] for rows in members]
-    away = np.array([[point2hull(point, hull) for hull in hulls] for point in points])
-    own = told[[rows[0] for rows in members]]
-    return np.asarray(own[away.argmin(axis=1)])
 
 
 def reduced(vectors: Array) -> Array:

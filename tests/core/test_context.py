@@ -7,7 +7,7 @@ import torch
 
 from luthier.core.claims import Place, needs
 from luthier.core.context import Around, Context, Progress, Shelf, Tensors
-from luthier.core.seeds import borrowed, derive, generator, reseed
+from luthier.core.seeds import borrowed, derive, generator, remembered, reseed
 from luthier.errors import RecipeError
 
 
@@ -41,6 +41,48 @@ def test_borrowing_the_global_generator_gives_it_back():
         two = torch.rand(3)
     assert torch.equal(one, two)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def generators(monkeypatch, count: int) -> list[torch.Generator]:
+    """Generators that pass for those of ``count`` CUDA devices, of which the last is the current one."""
+    fake = [torch.Generator().manual_seed(at) for at in range(count)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: count - 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", fake)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda at: fake[at].get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, at: fake[at].set_state(state))
+    return fake
+
+
+def test_the_generators_of_the_processor_and_of_the_devices_named_are_put_back_and_no_others(monkeypatch):
+    fake = generators(monkeypatch, 3)
+    states, ours = [one.get_state() for one in fake], torch.get_rng_state()
+    put_back = remembered(
+        [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda")]
+    )  # cuda: the current one, 2
+    for _ in range(2):
+        reseed(5, torch.device("cuda"))
+        fake[0].manual_seed(6)
+        fake[1].manual_seed(7)
+        put_back()
+    assert torch.equal(torch.get_rng_state(), ours)
+    assert [torch.equal(one.get_state(), state) for one, state in zip(fake, states, strict=True)] == [True, False, True]
+
+
+def test_borrowing_gives_every_device_its_generator_back(monkeypatch):
+    fake = generators(monkeypatch, 2)
+    states = [one.get_state() for one in fake]
+    with borrowed(3, "peft"):
+        for one in fake:
+            one.manual_seed(8)
+    assert all(torch.equal(one.get_state(), state) for one, state in zip(fake, states, strict=True))
+
+
+def test_plain_cuda_is_the_current_device(monkeypatch):
+    fake = generators(monkeypatch, 2)
+    with torch.random.fork_rng(devices=[]):
+        reseed(5, torch.device("cuda"))
+    assert [one.initial_seed() for one in fake] == [0, 5]
 
 
 def test_reseeding_is_what_manual_seed_does_on_a_cpu():

@@ -49,6 +49,19 @@ def test_a_guess_is_offered_for_another_case_but_not_for_the_opposite() -> None:
     assert second.do == "Rename or drop these rows, or leave validation out."
 
 
+def test_labels_of_another_domain_can_be_mapped_and_many_are_counted() -> None:
+    other = Split(("p", "q"), None, ("a", "it's"))
+    with pytest.raises(DataError) as caught:
+        check(data(out_domain=other), AB)
+    (fault,) = caught.value.faults
+    assert fault.do == (
+        """Say --map 'out_domain:it'"'"'s=YOURS', rename or drop these rows, or leave out_domain out."""
+    )
+    told = faults(data(ood_x=split(7, name="x", labels="tuvwxyz")))
+    assert [got for _, _, got in told[:5]] == [f"{label!r} in 1 row" for label in "tuvwx"]
+    assert told[5:] == [("ood_x", "has 2 more such labels", "")]
+
+
 def test_empty_texts_are_told_with_their_rows_in_the_source() -> None:
     holes = Split(("x", " ", "y", "\n"), None, ("a", "b", "a", "b"), rows=(4, 8, 15, 16))
     assert faults(data(test=holes)) == [("test, rows 8, 16", "must have a text in 'text'", "no text in 2 of 4 rows")]
@@ -105,13 +118,6 @@ def test_duplicates_within_train_and_their_differing_labels_are_counted() -> Non
     assert check(Data({"train": train}, Columns("text")), AB) == (
         "train: 3 rows repeat another",
         "train: 1 text with more than one label",
-    )
-
-
-def test_the_share_of_cut_texts_is_told_by_split() -> None:
-    lengths = {"train": [10] * 45 + [11] * 15, "validation": [10] * 50}
-    assert check(data(), AB, lengths=lengths, max_length=10) == (
-        "train: 15 of 60 texts (25.0 %) are longer than 10 tokens and are cut",
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from logging import Handler, LogRecord
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from transformers.utils import logging
 
 from luthier.errors import MissingExtra, ModelError
 from luthier.sources import demo, models
+from luthier.sources.limits import pad_id
 from luthier.sources.models import Loaded, load
 from luthier.sources.tasks import Classification, Regression
 from tests.tinyfolder import tiny_config, tiny_folder, tiny_tokenizer
@@ -310,10 +312,11 @@ def test_a_model_in_memory_with_other_outputs_is_refused() -> None:
         load(("a", "b"), ABC, seed=0)
 
 
-def test_half_precision_is_asked_for_by_name(folder: Path) -> None:
-    assert {weight.dtype for weight in load(folder, ABC, seed=0, dtype="bf16").model.parameters()} == {torch.bfloat16}
-    with pytest.raises(ModelError, match=r"dtype  must be one of fp32, bf16, fp16; got 'bf17'.  Did you mean 'bf16'"):
-        load(folder, ABC, seed=0, dtype="bf17")
+def test_what_fills_batches_up_is_the_tokenizers_token_else_the_configs_else_nought() -> None:
+    def told(own: int | None, configs: int | None) -> int:
+        return pad_id(SimpleNamespace(config=SimpleNamespace(pad_token_id=configs)), SimpleNamespace(pad_token_id=own))
+
+    assert [told(0, 7), told(3, 7), told(None, 7), told(None, None)] == [0, 3, 7, 0]
 
 
 def test_the_digest_sees_names_types_shapes_and_single_bits() -> None:

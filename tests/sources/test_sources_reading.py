@@ -246,6 +246,18 @@ def test_ood_sources_are_added_by_name_and_one_given_twice_is_refused(tmp_path: 
         read({"train": pd.DataFrame(many(20)), "ood_x": pd.DataFrame(many(2))}, ood={"x": str(shifted)})
 
 
+def test_out_domain_rows_given_twice_are_refused_with_both_places_and_a_cure(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.csv", many(20))
+    write(folder / "out_domain.csv", many(3))
+    other = write(tmp_path / "theirs.csv", many(3))
+    with pytest.raises(DataError) as caught:
+        read(folder, out_domain=other)
+    (fault,) = caught.value.faults
+    assert fault.got == f"out_domain.csv of {folder}, and {other}" and "--set data=null" in fault.do
+
+
 def test_frames_datasets_and_dicts_of_them_are_read_alike() -> None:
     rows = many(30)
     frame, dataset = pd.DataFrame(rows), datasets.Dataset.from_list(rows)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from luthier.errors import DataError
+from luthier.sources.checks import check
 from luthier.sources.data import Data, read
 from luthier.sources.tasks import Classification, Regression, decide
 
@@ -46,6 +47,40 @@ def test_few_distinct_decimals_are_a_quantity_with_a_hint() -> None:
 def test_the_task_can_be_told_either_way() -> None:
     assert decide(data([0.0, 1.0] * 10), "classification")[0].label_names == ("0", "1")
     assert decide(data([1, 2, 3] * 10), "regression")[0].kind == "regression"
+
+
+def beside(labels: list[Any], **others: list[Any]) -> Data:
+    """Data of which ``labels`` are train's and validation's, and others those of other splits."""
+    frames = {
+        name: pd.DataFrame({"text": [f"{name} {i}" for i in range(len(each))], "label": pd.Series(each, dtype=object)})
+        for name, each in {"train": labels, "validation": labels, **others}.items()
+    }
+    return read(frames)
+
+
+@pytest.mark.parametrize("name", ["out_domain", "ood_x"])
+@pytest.mark.parametrize("labels", [[0.1, 0.9] * 20, list(range(40)), ["pos", "neg"] * 20])
+def test_rows_of_another_domain_have_no_say_in_the_task(name: str, labels: list[Any]) -> None:
+    told = beside([0, 1] * 10, **{name: labels})
+    assert told.splits["train"].labels == (0, 1) * 10
+    assert decide(told)[0] == Classification(("0", "1"))
+    with pytest.raises(DataError, match=f"{name}  must only have labels that train has"):
+        check(told, decide(told)[0])
+
+
+def test_rows_of_another_domain_have_no_say_in_the_split() -> None:
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "label": [0, 1] * 30})
+    other = pd.DataFrame({"text": ["a", "b"], "label": [0.1, 0.9]})
+    assert any("stratified by label" in note for note in read(frame, out_domain=other).notes)
+    assert read(frame, out_domain=other).splits["test"] == read(frame).splits["test"]
+
+
+def test_rows_of_another_domain_must_have_numbers_where_the_task_has() -> None:
+    assert decide(beside([i / 2 for i in range(20)], out_domain=[1, 2]))[0] == Regression()
+    with pytest.raises(
+        DataError, match=r"out_domain, row 2  must have a number .* got 'high'.  Mend them, or leave out"
+    ):
+        decide(beside([i / 2 for i in range(20)], out_domain=[1, "high"]))
 
 
 def test_regression_with_words_names_their_rows() -> None:
@@ -119,9 +154,3 @@ def test_probabilities_sum_to_one_and_agree_with_decode(logits: np.ndarray[Any, 
     assert shares.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-12)
     best = shares.max(axis=1)
     assert all(shares[i, task.labels.index(name)] == best[i] for i, name in enumerate(task.decode(logits)))
-
-
-def test_which_metrics_are_better_when_higher() -> None:
-    for task, up in ((Classification(("a", "b")), {"accuracy", "f1_macro"}), (Regression(), {"pearson", "spearman"})):
-        assert {name for name in task.metric_names if task.higher_is_better(name)} == up
-        assert task.metric in task.metric_names

@@ -60,11 +60,6 @@ def test_collate_by_hand_pads_on_the_right_in_the_order_asked() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_the_width_is_rounded_up_to_the_multiple() -> None:
-    assert collate(rows([2, 5, 3]), [0], pad_id=0, pad_to_multiple=8)["input_ids"].shape == (1, 8)
-    assert collate(rows([2, 5, 5, 3]), [0], pad_id=0, pad_to_multiple=4)["input_ids"].shape == (1, 4)
-
-
 def test_a_batch_is_its_own_copy() -> None:
     encoded = rows([2, 5, 3], targets=[1])
     batch = collate(encoded, [0], pad_id=0)
@@ -75,14 +70,12 @@ def test_a_batch_is_its_own_copy() -> None:
     assert encoded.targets.tolist() == [1]
 
 
-@given(st.lists(st.lists(st.sampled_from("wxyz"), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(1, 8))
-def test_a_batch_equals_the_tokenizer_s_own_padding(words: list[list[str]], multiple: int) -> None:
+@given(st.lists(st.lists(st.sampled_from("wxyz"), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_a_batch_equals_the_tokenizer_s_own_padding(words: list[list[str]]) -> None:
     texts = [" ".join(row) for row in words]
-    ours = collate(
-        encode(TOKENIZER, Split(tuple(texts)), max_length=7), range(len(texts)), pad_id=0, pad_to_multiple=multiple
-    )
+    ours = collate(encode(TOKENIZER, Split(tuple(texts)), max_length=7), range(len(texts)), pad_id=0)
     cut = TOKENIZER(texts, truncation=True, max_length=7)
-    theirs = TOKENIZER.pad(cut, pad_to_multiple_of=multiple, return_tensors="pt")
+    theirs = TOKENIZER.pad(cut, return_tensors="pt")
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

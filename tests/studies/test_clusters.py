@@ -19,8 +19,8 @@ from scipy.optimize import OptimizeResult, linprog, minimize
 from luthier.errors import DataError
 from luthier.studies import hulls
 from luthier.studies.clusters import Clusters, LabelPair, Space, clusters, pearson, similarity, space, study
-from luthier.studies.hulls import hull2hull, hull_distance, point2hull, separable
-from luthier.studies.linkage import nearest_label, reduced
+from luthier.studies.hulls import hull2hull, hull_distance, separable
+from luthier.studies.linkage import reduced
 from tests.tiny import tiny
 
 Array = np.ndarray[Any, Any]
@@ -58,14 +58,14 @@ def test_two_boxes_are_four_apart():
 
 
 def test_a_point_below_a_box_and_one_inside():
-    assert point2hull(np.array([10.0, 0.0]), WIDE) == pytest.approx(3, abs=1e-12)
-    assert point2hull(np.array([10.0, 4.0]), WIDE) == 0.0
-    assert point2hull(np.array([18.0, 10.0]), WIDE) == pytest.approx(5, abs=1e-12)  # a corner: 3, 4, 5
+    assert hull2hull(np.array([[10.0, 0.0]]), WIDE) == pytest.approx(3, abs=1e-12)
+    assert hull2hull(np.array([[10.0, 4.0]]), WIDE) == 0.0
+    assert hull2hull(np.array([[18.0, 10.0]]), WIDE) == pytest.approx(5, abs=1e-12)  # a corner: 3, 4, 5
 
 
 def test_a_point_over_a_triangle_lands_inside_it():
     # (1/3, 1/3, 1/3) is the foot of the origin: 1 / sqrt 3 away
-    assert point2hull(np.zeros(3), np.eye(3)) == pytest.approx(1 / math.sqrt(3), abs=1e-12)
+    assert hull2hull(np.zeros((1, 3)), np.eye(3)) == pytest.approx(1 / math.sqrt(3), abs=1e-12)
 
 
 def test_hulls_that_cross_or_touch_are_not_apart():
@@ -182,13 +182,6 @@ def test_spatial_similarity_needs_three_pairs_that_differ():
     assert pearson(at_distances(1, 2, 6), at_distances(3, 3, 3)) is None
     two = space(np.array([[0.0], [1]]), np.array([0, 1]), least=1)
     assert pearson(two, two) is None
-
-
-def test_a_row_has_the_label_of_the_nearest_hull():
-    x, y = np.vstack([WIDE, SMALL]), np.repeat([5, 2], 4)
-    # to the wide box 2.5, 2.5, 1.5 and inside; to the small one 8.1, 1.5, 2.5 and 7.8
-    points = np.array([[10.0, 0.5], [1, 0.5], [1.5, 1.5], [8, 4]])
-    assert nearest_label(x, y, clusters(x, y), points).tolist() == [5, 2, 5, 5]
 
 
 # Invariants

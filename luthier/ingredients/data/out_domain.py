@@ -7,10 +7,10 @@ several amounts that shrink to none.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from luthier.core.claims import Claim, Place, needs, wraps
 from luthier.core.context import Context
@@ -19,7 +19,17 @@ from luthier.core.seeds import generator
 from luthier.core.stream import Stream
 from luthier.errors import Fault, RecipeError
 
-Share = Annotated[str, Field(pattern=r"^(100|\d?\d)(\.\d+)?%$")]
+
+def _told_once(amount: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return read(amount)
+    except ValidationError:
+        raise ValueError("must be a number of rows, such as 200, or a share up to 100%, written as 50%") from None
+
+
+Rows = Annotated[int, Field(ge=0)]
+Share = Annotated[str, Field(pattern=r"^([0-9]{1,2}(\.[0-9]+)?|100(\.0+)?)%$")]
+Amount = Annotated[Rows | Share, WrapValidator(_told_once)]
 
 
 def chosen(spare: tuple[int, ...], many: int, draw: torch.Generator) -> tuple[int, ...]:
@@ -47,7 +57,7 @@ class OutDomain(Ingredient):
     Differs: the authors' files of each amount are fixed; whether they are nested is not said.
     """
 
-    amount: Annotated[int, Field(ge=0)] | Share = "100%"
+    amount: Amount = "100%"
     draw: Literal["nested", "anew"] = "nested"
 
     def touches(self) -> tuple[Claim, ...]:
@@ -59,9 +69,8 @@ class OutDomain(Ingredient):
         there = len(stream.spare)
         many = math.floor(float(self.amount[:-1]) / 100 * there + 0.5) if isinstance(self.amount, str) else self.amount
         if many > there:
-            raise RecipeError.of(
-                [Fault("out_domain.amount", f"must be at most the {there} there are", str(many))], "the plan"
-            )
+            must, do = f"must be at most the {there} there are", f"Write {there} or 100%, or give more rows."
+            raise RecipeError.of([Fault("out_domain.amount", must, str(many), do)], "the plan")
         names = ("out_domain",) if self.draw == "nested" else ("out_domain", ctx.key)
         return stream.of((*stream.rows, *chosen(stream.spare, many, generator(ctx.seed, *names))))
 

@@ -122,7 +122,7 @@ def test_it_goes_with_batches_of_like_length_in_either_order(first: bool) -> Non
 
 
 def test_more_than_there_are_is_refused_with_both_numbers() -> None:
-    with pytest.raises(RecipeError, match="must be at most the 4 there are; got 5"):
+    with pytest.raises(RecipeError, match=r"must be at most the 4 there are; got 5.  Write 4 or 100%, or give more"):
         with_rows(OutDomain(amount=5))
 
 
@@ -131,10 +131,13 @@ def test_without_such_rows_it_is_refused_before_training(tiny_model: Any) -> Non
         luthier.fit(recipe(["out_domain"]), model=tiny_model, data=sentences())
 
 
-@pytest.mark.parametrize("amount", [-1, "101%", "half", "-5%", 1.5])
-def test_values_that_are_no_count_and_no_share_are_refused(amount: Any) -> None:
-    with pytest.raises(RecipeError, match="out_domain.amount"):
+@pytest.mark.parametrize("amount", [-1, "101%", "100.5%", "half", "-5%", "50 %", 0.5, 1.5])
+def test_values_that_are_no_count_and_no_share_are_refused_once_with_how_to_write_them(amount: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
         OutDomain(amount=amount)
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.got) == ("out_domain.amount", repr(amount))
+    assert fault.must == "must be a number of rows, such as 200, or a share up to 100%, written as 50%"
 
 
 def test_labels_that_train_does_not_have_are_told(tiny_model: Any) -> None:
@@ -142,6 +145,15 @@ def test_labels_that_train_does_not_have_are_told(tiny_model: Any) -> None:
     odd.loc[0, "label"] = "strange"
     with pytest.raises(DataError, match="out_domain  must only have labels that train has; got 'strange' in 1 row"):
         luthier.fit(recipe(["out_domain"]), model=tiny_model, data=sentences(), out_domain=odd)
+
+
+def test_labels_that_are_named_otherwise_can_be_mapped(tiny_model: Any) -> None:
+    theirs = other().replace({"label": {"good": "pos", "bad": "neg"}})
+    with pytest.raises(DataError, match="Say --map out_domain:pos=YOURS"):
+        prepare(recipe(["out_domain"]), model=tiny_model, data_source=sentences(), out_domain=theirs)
+    names = {"out_domain": {"pos": "good", "neg": "bad"}}
+    job = prepare(recipe(["out_domain"]), model=tiny_model, data_source=sentences(), out_domain=theirs, label_map=names)
+    assert job.data.splits["out_domain"].labels == tuple(other()["label"])
 
 
 def test_rows_that_are_measured_too_are_told(tiny_model: Any) -> None:
