@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,6 +130,26 @@ class Call:
             "out_domain": self.place(self.out_domain),
             "label_map": self.label_map,
         }
+
+    def options(self, *more: tuple[str, str | None]) -> str:
+        """The call as options of the command line, quoted for a shell; what was in memory is left out.
+
+        Args:
+            more: further options and their values, which come last; one without a value is left out.
+        """
+        told = [
+            *(("--model", self.model), ("--data", self.data), ("--text", self.text), ("--text-pair", self.text_pair)),
+            ("--label", self.label),
+            *(("--ood", f"{name}={source}") for name, source in self.ood.items() if source is not None),
+            ("--out-domain", self.out_domain),
+            *(
+                ("--map", f"{name}:{theirs}={ours}")
+                for name, named in self.label_map.items()
+                for theirs, ours in named.items()
+            ),
+            *more,
+        ]
+        return shlex.join(word for option, value in told if value is not None for word in (option, value))
 
     def place(self, source: str | None) -> str | None:
         """Where ``source`` is: as it was given where that leads to the same file or the file has gone, else its absolute path."""

@@ -71,7 +71,7 @@ def compare(
         recipes: shipped names, files or Recipes; ``NAME=RECIPE`` or a dict gives them other names.
         model, data: as ``fit`` takes them; a list means each with each. What lies in memory is written into ``out``.
         out: the folder of the comparison.
-        seeds: how many, or which; 5 when not given.
+        seeds: how many, or which; when not given those of the comparison that is there, and 5 for a new one.
         vary: streams (head, order, dropout) that get the seeds each by itself, a full grid; empty varies all together.
         metric: what is compared; None = the task's own.
         against: the one recipe that all others are compared with; None compares all pairs, which needs more seeds.
@@ -92,7 +92,8 @@ def compare(
     Returns:
         the comparison; also saved in ``out`` as comparison.json and compare.html.
     Raises:
-        LuthierError: something is wrong with a recipe, the data or the model, before the first run; or no run has ended well.
+        LuthierError: something is wrong with a recipe, the data or the model, before the first run.
+        RunError: every run has failed.
     """
     place = Place(on, workers, slurm or {}, save_every)
     place.check()
@@ -188,6 +189,8 @@ def designed(
         asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more)
         if (desk.path / designs.NAME).is_file():
             before = Design.load(desk.path)
+            if seeds is None and before.seeds[0].keys() == told.seeds[0].keys():
+                asked = dataclasses.replace(asked, seeds=before.seeds)
             asked = asked.grown(before)
             refuse_under_way(desk, before, asked)
         _check(asked, say)
@@ -219,9 +222,12 @@ def finish(desk: Desk, design: Design, say: Narrator, place: Place) -> Compariso
     return tell(desk.path, design)
 
 
-def tell(folder: str | Path, design: Design | None = None) -> Comparison:
-    """What the runs in ``folder`` say, as they are now; writes comparison.json and compare.html there."""
-    found = gather(folder, design)
+def tell(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
+    """What the runs in ``folder`` say, as they are now; writes comparison.json and compare.html there.
+
+    Args and errors are those of ``gather``.
+    """
+    found = gather(folder, design, metric=metric)
     found.save(folder)
     from luthier.page import compared
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -64,12 +65,14 @@ class Fitting:
         self.trace = Trace()
         self.notes: list[str] = list(job.warnings)
         self.stopping = False
-        self._saved_at, self._save_took = time.monotonic(), 0.0
+        self._begun = self._saved_at = time.monotonic()
+        self._save_took = 0.0
         self._track: Callable[[dict[str, float], int], None] = lambda values, step: None
 
     def go(self, *, resume: bool) -> Report:
-        begun = time.monotonic()
+        self._begun = time.monotonic()
         first, step = self._restore() if resume and self.folder else (0, None)
+        self._begun -= self.trace.wall  # what the run took before it was stopped counts
         self._track = self.placement.track(
             self.job.recipe.name, {"seed": self.job.recipe.seed, "recipe": self.job.recipe.digest}
         )
@@ -79,7 +82,7 @@ class Fitting:
                 step = None
         self.placement.end()
         report = conclude(
-            self.job, self.trace, self.placement, self.folder, self.notes, self.say, time.monotonic() - begun
+            self.job, self.trace, self.placement, self.folder, self.notes, self.say, time.monotonic() - self._begun
         )
         if self.folder and self.placement.main:
             checkpoint.clear(self.folder.checkpoints)
@@ -228,6 +231,7 @@ class Fitting:
     def _write_state(self, stage: int, step: int | None, state: dict[str, Any]) -> None:
         if self.folder is None or not self.placement.main:
             return
+        self.trace.wall = time.monotonic() - self._begun
         state |= {
             "trace": json.dumps(dataclasses.asdict(self.trace)),
             "notes": list(self.notes),
@@ -239,12 +243,14 @@ class Fitting:
         self._save_took = self._saved_at - begun
 
     def _give_up(self, run: Run, error: Exception) -> None:
-        """Saves where the run stands, if its weights are good, and says how to go on."""
-        good = all(bool(torch.isfinite(weight).all()) for weight in run.model.parameters())
-        if good and run.progress.step:
+        """Saves where the run stands, if its weights are finite, and says how to go on."""
+        finite = all(bool(torch.isfinite(weight).all()) for weight in run.model.parameters())
+        if finite and run.progress.step:
             self._write_step(run)
         if isinstance(error, Stopped) and self.folder:
-            raise Stopped(f"stopped on request at step {run.progress.step}; --resume goes on from there") from None
+            keep = " --keep-stages" if self.saving.keep_stages else ""
+            again = f"luthier fit --out {shlex.quote(str(self.folder.path))}{keep} --resume"
+            raise Stopped(f"stopped on request at step {run.progress.step}; {again} goes on from there") from None
         raise error
 
     def _log(self, values: dict[str, Any]) -> None:

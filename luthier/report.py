@@ -66,7 +66,7 @@ class Report:
         confusion: by split, counts; row = true class, column = predicted class.
         reliability: by split, ``{"before": bins, "after": bins}``; a bin has low, high, count, confidence, accuracy.
         mistakes: rows with split, text, pair, label, prediction, confidence.
-        data: source, digest, notes, sizes by split.
+        data: source, digest, notes, sizes by split; constant, the RMSE by split of always answering the mean training label.
         model: source, digest, parameters.
         plan: the plan as JSON; only the page looks inside.
         path: the run folder; None when nothing was kept.
@@ -115,6 +115,22 @@ class Report:
     def splits(self) -> dict[str, dict[str, Any]]:
         """The scores by split, flat and in the order of a table: validation, test, then ``ood_NAME``."""
         return flat(self.metrics)
+
+    def baseline(self, split: str) -> tuple[str, float, str] | None:
+        """What is reached on ``split`` without a look at the text: metric, score, what is always answered; None if not known."""
+        rows = [sum(row) for row in self.confusion.get(split, [])]
+        if self.task == "classification" and sum(rows) and len(rows) == len(self.labels):
+            return "accuracy", max(rows) / sum(rows), self.labels[rows.index(max(rows))]
+        constant = self.data.get("constant", {}).get(split)
+        return None if constant is None else ("rmse", constant, "the mean of the training labels")
+
+    def no_better(self, split: str) -> bool:
+        """Whether the run is known to be no better on ``split`` than its baseline."""
+        known = self.baseline(split)
+        score = self.splits.get(split, {}).get(known[0]) if known else None
+        if known is None or score is None:
+            return False
+        return bool(score <= known[1] + 1e-12 if known[0] == "accuracy" else score >= known[1])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that JSON has; a number that is not finite becomes None."""
@@ -186,6 +202,10 @@ def _lines(report: Report) -> list[str]:
         value = _number(report.metrics[shown].get(report.metric))
         title = f"{report.recipe}, seed {report.seed}: {report.metric} {value} on {shown}"
     lines = [*_wrapped(title, ""), *_table(report.splits, report.chosen_on)]
+    if shown and (known := report.baseline(shown)) and (report.task == "regression" or report.no_better(shown)):
+        what = repr(known[2]) if report.task == "classification" else known[2]
+        told = f"  always answering {what}: {known[0]} {_number(known[1])} on {shown}"
+        lines += _wrapped(told + ("; this run is no better" if report.no_better(shown) else ""), "    ")
     after = report.calibrated.get(shown, {}) if shown else {}
     if shown and "ece" in after:
         heat = report.calibration.get("temperature")
@@ -200,9 +220,9 @@ def _lines(report: Report) -> list[str]:
 def _table(splits: Mapping[str, Mapping[str, Any]], chosen_on: str = "") -> list[str]:
     every = ("accuracy", "f1_macro", "nll", "ece", "rmse", "mae", "pearson", "spearman")
     names = [name for name in every if any(name in scores for scores in splits.values())][:4]
-    lines = [f"  {'':<20}{''.join(f'{name:>10}' for name in names)}{'rows':>10}"] if splits else []
+    lines = [f"  {'':<20}{''.join(f' {name:>9}' for name in names)}{'rows':>10}"] if splits else []
     for split, scores in splits.items():
-        row = "".join(f"{_number(scores.get(name)):>10}" for name in names)
+        row = "".join(f" {_number(scores.get(name)):>9}" for name in names)
         name = f"{split.replace('ood_', 'ood ', 1)[:18]}{'*' if split == chosen_on else ''}"
         lines.append(f"  {name:<20}{row}{scores.get('n', '-'):>10}")
     if chosen_on in splits:
@@ -215,8 +235,11 @@ def _wrapped(text: str, further: str) -> list[str]:
 
 
 def _number(value: Any) -> str:
+    """At most 9 letters, but for numbers of more than a hundred digits.
+
+    >>> _number(0.91234), _number(None), _number(-210679.2785), _number(2_106_792_785)
+    ('0.9123', '-', '-210679', '2.11e+09')
     """
-    >>> _number(0.91234), _number(None)
-    ('0.9123', '-')
-    """
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    if value is None or not math.isfinite(value):
+        return "-"
+    return next(told for form in (".4f", ".6g", ".3g") if len(told := f"{value:{form}}") <= 9 or form == ".3g")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from luthier import evaluate
 from luthier.core.claims import Place
 from luthier.core.context import Progress, Shelf
 from luthier.core.ingredient import Findings, Outputs
+from luthier.errors import RunError
 from luthier.folder import RunFolder, environment
 from luthier.job import Job
 from luthier.narrate import Narrator
@@ -36,13 +39,13 @@ def conclude(
 ) -> Report:
     """Measures the trained model on every split, saves it, checks what was saved, and writes the report."""
     model = job.loaded.model.to(placement.device)
-    with say.bar("measuring", sum(len(encoded) for encoded in job.encoded.values())) as bar:
+    held_out = {name: encoded for name, encoded in job.encoded.items() if name not in ("train", "out_domain")}
+    with say.bar("measuring", sum(map(len, held_out.values()))) as bar:
         outputs = {
             name: Outputs(
                 logits(model, encoded, pad_id=job.pad_id, placement=placement, tick=bar.advance), job.targets(name)
             )
-            for name, encoded in job.encoded.items()
-            if name not in ("train", "out_domain")
+            for name, encoded in held_out.items()
         }
     findings, told = _measured(job, outputs)
     notes = [*notes, *told]
@@ -74,6 +77,7 @@ def conclude(
             "notes": list(job.data.notes),
             "sizes": {name: len(split) for name, split in job.data.splits.items()},
             "columns": asdict(job.data.columns),
+            "constant": _constant(job, outputs),
         },
         model={
             "source": job.loaded.source,
@@ -114,6 +118,14 @@ def _measured(job: Job, outputs: Mapping[str, Outputs]) -> tuple[Findings | None
     return found, notes
 
 
+def _constant(job: Job, outputs: Mapping[str, Outputs]) -> dict[str, float]:
+    """By split, the RMSE of always answering the mean of the training labels; empty for a classification."""
+    if job.task.kind != "regression":
+        return {}
+    mean = job.targets("train").mean(dtype=np.float64)
+    return {name: float(np.sqrt(np.square(out.targets - mean).mean())) for name, out in outputs.items()}
+
+
 def _chooses(job: Job) -> bool:
     """Whether a stage chooses weights, or a rate, by the validation rows."""
     entries = [entry for plan in job.plan.stages for entry in plan.entries]
@@ -127,7 +139,11 @@ def _calibration(findings: Findings | None) -> dict[str, Any]:
 
 
 def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:
-    """Saves model and tokenizer, loads them again as a stranger would, and compares the logits."""
+    """Saves model and tokenizer, loads them again as a stranger would, and compares the logits.
+
+    Raises:
+        RunError: they cannot be written, as where the disk is full.
+    """
     from luthier.jsonfile import atomically
     from luthier.sources.models import reload, store
 
@@ -137,7 +153,12 @@ def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:
         beside.mkdir(parents=True)
         store(model.cpu(), tokenizer, beside)
 
-    atomically(path / "model", write)
+    try:
+        atomically(path / "model", write)
+    except (SafetensorError, RunError) as error:
+        command = f"luthier fit --out {shlex.quote(str(path))} --resume"
+        do = f"When that is mended (a full disk: make room), {command} goes on."
+        raise RunError(f"the model is not saved: {str(error).rstrip('.')}.  {do}") from error
     name = "validation" if "validation" in outputs else next(iter(outputs), None)
     if name is None:
         return []

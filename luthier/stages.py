@@ -19,7 +19,7 @@ from luthier.core.anatomy import Anatomy, select_all
 from luthier.core.closure import Closure
 from luthier.core.context import Around
 from luthier.core.ingredient import Outputs
-from luthier.core.seeds import derive, reseed
+from luthier.core.seeds import derive, generator, remembered, reseed
 from luthier.errors import Fault, RunError
 from luthier.job import Job
 from luthier.narrate import Narrator
@@ -63,21 +63,31 @@ def pause_step(share: float, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """The training rows as batches of the stage's size, in the data's order; asked twice, the same ones.
+    """The training rows as batches, in an order drawn from the recipe's seed; asked twice, the same ones.
 
     Args:
-        size: rows in a batch.
+        size: rows of a step.
+        most: rows in a batch: as many of a step's as go through the model at once.
     """
 
     job: Job
     size: int
+    most: int
     device: torch.device
+
+    @property
+    def parts(self) -> int:
+        """Batches whose rows make a step, but for the last ones."""
+        return math.ceil(self.size / self.most)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         train = self.job.encoded["train"]
-        for at in range(0, len(train), self.size):
-            rows = range(at, min(at + self.size, len(train)))
-            yield collate(train, rows, pad_id=self.job.pad_id, device=self.device)
+        draw = generator(self.job.recipe.seed_of("order"), "sample")
+        order = torch.randperm(len(train), generator=draw).tolist()  # a file may be sorted by class
+        for first in range(0, len(order), self.size):
+            step = order[first : first + self.size]
+            for at in range(0, len(step), self.most):
+                yield collate(train, step[at : at + self.most], pad_id=self.job.pad_id, device=self.device)
 
 
 def attach(
@@ -91,7 +101,7 @@ def attach(
         seed=job.recipe.seed,
         around=Around(
             inner,
-            Sample(job, plan.stage.micro_batch or plan.stage.batch_size, placement.device),
+            Sample(job, plan.stage.batch_size, plan.stage.micro_batch or plan.stage.batch_size, placement.device),
             (lambda live: score(job, live, placement)) if "validation" in job.encoded else None,
             job.metric,
         ),
@@ -132,7 +142,7 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
     quick = QuickRandom(job.recipe.seed_of("dropout"))
     first = trace.steps - run.progress.step  # the stage's first step, counted over the whole run
     handle = quicken(run.model, quick) if placement.device.type == "cpu" else None
-    saved_state = torch.random.get_rng_state()
+    restore = remembered([placement.device])
     try:
         with narrator.bar(plan.name, left) as bar:
             for step, rows, last_of_epoch in steps(plan, run.progress.step) if left else ():
@@ -162,7 +172,7 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
                 if step + 1 < plan.steps and placement.anyone(hooks.stop()):
                     raise Stopped("stopped on request")
     finally:
-        torch.random.set_rng_state(saved_state)
+        restore()
         if handle is not None:
             handle.remove()
 
@@ -295,13 +305,14 @@ def score(job: Job, model: nn.Module, placement: Placement) -> dict[str, Any]:
 
 
 def _not_finite(plan: StagePlan, step: int, loss: float, model: nn.Module) -> RunError:
-    good = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
-    kept = "The weights before this step are good and are saved." if good else "The last checkpoint's weights are good."
+    finite = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+    are = "finite" if finite else "not finite either"
+    do = "--resume would come to the same: start anew in another --out, with a lower learning rate, a warm-up or clip."
     fault = Fault(
         f"{plan.name}, step {step + 1}",
         "the loss must be a finite number",
         str(loss),
-        f"{kept}  Try a lower learning rate, a warm-up, or clip.",
+        f"The weights before this step are {are}.  {do}",
     )
     return NotFinite.of([fault], "the run")  # type: ignore[return-value]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
+from luthier.call import Call
 from luthier.sources.data import read
 from luthier.sources.tasks import decide
 
 _TEMPLATE = """\
 # A starter recipe for {source}: {sentence}
 # {sizes}
-# luthier plan --recipe {file} --model MODEL --data {source}     shows what it will do; trains nothing
-# luthier methods                                                lists what else can be put under 'ingredients'
+# {command}     shows what it will do; trains nothing
+# luthier methods     lists what else can be put under 'ingredients'
 name: {name}
 seed: 0
 task: {task}
@@ -54,11 +56,13 @@ def starter(
     long = words[int(0.95 * (len(words) - 1))]
     length = next((size for size in (64, 128, 256) if long * 1.5 < size), 512)
     few = rows < 1000
+    asked = Call.of(model="MODEL", data=source, text=text, text_pair=text_pair, label=label)
+    command = f"luthier plan --recipe {shlex.quote(file)} {asked.options()}"
     made = _TEMPLATE.format(
         source=source,
         sentence=sentence,
         sizes=", ".join(f"{name} {len(split)} rows" for name, split in data.splits.items()),
-        file=file,
+        command=command,
         name=file.rpartition("/")[2].removesuffix(".yaml"),
         task=task.kind,
         length=length,
@@ -68,4 +72,4 @@ def starter(
         calibration="\n      - temperature" if task.kind == "classification" else "",
     )
     lines = [*data.notes, sentence, f"wrote {file}", "", "next:"]
-    return made, [*lines, f"  luthier plan --recipe {file} --model MODEL --data {source}"]
+    return made, [*lines, f"  {command}"]

@@ -19,6 +19,7 @@ class Trace:
         validation: (step, scores).
         starts: (step, stage's name).
         rates: what was found by stages that choose their learning rate, by stage.
+        seconds: of training; wall: of the whole run, up to the checkpoint that this is saved with.
     """
 
     loss: list[list[float]] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Trace:
     movement: list[dict[str, Any]] = field(default_factory=list)
     rates: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
+    wall: float = 0.0
     steps: int = 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import luthier
 from luthier import cli
+from luthier.errors import LuthierError
 from tests.little import sentences
+from tests.test_resume import Asks
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +96,110 @@ def test_what_is_suggested_next_names_the_data_of_the_recipe(run, tiny_model, da
     code, out, err = run("fit", "--recipe", "mine.yaml", "--model", tiny_model, "--out", "first")
     assert code == 0, err
     assert f"  luthier fit --recipe llrd --model {tiny_model} --data {data}\n" in out
+
+
+def test_what_is_suggested_next_is_the_same_experiment_quoted_for_a_shell(run, tiny_model, tmp_path):
+    rows = sentences(80).rename(columns={"text": "the title", "label": "cls"})
+    rows["other"] = rows["the title"].str[::-1]
+    data, far = tmp_path / "my rows.csv", tmp_path / "far off.csv"
+    rows.to_csv(data, index=False)
+    rows.replace({"cls": {"good": "g"}}).to_csv(far, index=False)
+    words = ["--data", data, "--text", "the title", "--text-pair", "other", "--label", "cls", "--ood", f"far={far}"]
+    words += ["--map", "far:g=good", "--task", "classification", "--seed", 3, "--set", "max_length=16"]
+    code, out, err = run(
+        "fit", "--recipe", "ft", "--model", tiny_model, *words, "--set", "stages.0.steps=1", "--out", "a b"
+    )
+    assert code == 0, err
+    assert "  luthier report 'a b'\n" in out
+    told = shlex.split(out.splitlines()[-1])
+    assert told == ["luthier", "fit", "--recipe", "llrd", "--model", str(tiny_model), *map(str, words)]
+    code, _, err = run(*told[1:], "--set", "stages.0.steps=1")
+    assert code == 0, err
+
+
+def test_what_is_suggested_after_a_demo_on_other_rows_names_these(run, tiny_model, data):
+    code, out, err = run("fit", "--demo", "--model", tiny_model, "--data", data, *SHORT, "--out", "first")
+    assert code == 0, err
+    assert (
+        out.splitlines()[-1]
+        == f"  luthier fit --recipe llrd --demo --model {tiny_model} --data {data} --set max_length=16"
+    )
+
+
+def test_a_run_that_was_stopped_goes_on_by_the_command_that_it_prints(run, tiny_model, tmp_path):
+    rows = sentences(80).rename(columns={"label": "cls"})
+    rows["other"] = rows["text"]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    asked = {"model": str(tiny_model), "data": str(tmp_path / "rows.csv"), "text": "other", "label": "cls", "seed": 4}
+    asked |= {"ood": {"far": str(tmp_path / "rows.csv")}, "sets": SHORT[1::2]}
+    with pytest.raises(LuthierError, match="stopped on request at step 1") as caught:
+        luthier.fit("ft", **asked | {"sets": ["max_length=16", "stages.0.steps=6"]}, out="a b", narrator=Asks())
+    command = str(caught.value).partition("; ")[2].removesuffix(" goes on from there")
+    assert command == "luthier fit --out 'a b' --resume"
+    code, out, err = run(*shlex.split(command)[1:])
+    assert code == 0, err
+    assert "going on with stage" in out and luthier.Report.load("a b").seed == 4
+    code, _, err = run("fit", "--out", "nothing", "--resume")
+    assert code == 2 and "--model and --data must be given" in err
+
+
+def test_a_run_of_rows_in_memory_goes_on_when_they_are_given(run, tiny_model, data):
+    with pytest.raises(LuthierError, match="stopped on request"):
+        luthier.fit(
+            "ft",
+            model=tiny_model,
+            data=sentences(80),
+            sets=["max_length=16", "stages.0.steps=6"],
+            out="a",
+            narrator=Asks(),
+        )
+    code, _, err = run("fit", "--out", "a", "--resume")
+    assert code == 2 and "a: data  must be given: it was in memory when the run was made.  Give --data." in err
+
+
+def test_the_help_names_the_folder_as_it_will_be(run, tiny_model, data):
+    _, out, _ = run("fit", "--help")
+    assert "runs/RECIPE-DATA if not given, with -seedN after --seed N" in " ".join(out.split())
+    assert fit(run, tiny_model, data)[0] == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["lp-ft-reviews"]
+
+
+def test_a_comparison_of_which_runs_failed_ends_with_1_and_grows_only_when_told(run, tiny_model, data, monkeypatch):
+    from luthier.trials import work as workshop
+
+    Path("few.yaml").write_text(json.dumps({"name": "few", "max_length": 16, "stages": [{"steps": 1}]}))
+    words = ["compare", "--recipe", "few.yaml", "--model", tiny_model, "--data", data, "--out", "c"]
+    real, bad = workshop.fit, {"few-seed0", "few-seed1"}
+
+    def diverges(made, **more):
+        if more["out"].name in bad:
+            raise LuthierError("the loss must be a finite number " * 9)
+        return real(made, **more)
+
+    monkeypatch.setattr(workshop, "fit", diverges)
+    code, out, err = run(*words, "--seeds", 2)
+    assert code == 1 and "no run has ended" in err
+    assert "failed: the loss must be a finite number" in out
+    cut = [line.partition(" ...")[0].split()[-1] for line in out.splitlines() if "failed: " in line]
+    assert len(cut) == 2 and set(cut) <= {"the", "loss", "must", "be", "a", "finite", "number"}
+    bad.remove("few-seed0")
+    code, out, err = run(*words)
+    assert code == 1 and "1 of 2 runs failed: few-seed1" in err and "accuracy on reviews" in out
+    bad.clear()
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert sorted(path.name for path in Path("c/runs").iterdir() if path.is_dir()) == ["few-seed0", "few-seed1"]
+    monkeypatch.setattr(workshop, "fit", lambda *a, **k: pytest.fail("nothing is to be trained"))
+    code, out, err = run("gather", "c", "--metric", "nll")
+    assert code == 0, err
+    assert "nll on reviews" in out and out.count("page: ") == 1
+    assert json.loads(Path("c/comparison.json").read_text())["metric"] == "nll"
+    code, out, _ = run("gather", "c")
+    assert code == 0 and "accuracy on reviews" in out
+    code, _, err = run("gather", "c", "--metric", "acuracy")
+    assert code == 2 and "Did you mean 'accuracy'?" in err
+    code, _, err = run("gather", "c", "--metric", "rmse")
+    assert code == 2 and "--metric  must be of accuracy" in err
 
 
 def test_without_out_runs_are_named_and_never_overwritten(run, tiny_model, data):
@@ -177,6 +285,15 @@ def test_init_writes_a_recipe_that_plans_and_never_overwrites(run, tiny_model, d
     code, _, err = run("init", "--data", data, "--out", "mine.yaml")
     assert code == 2
     assert "exists" in err
+
+
+def test_init_says_its_columns_in_the_command_that_comes_next(run, tmp_path):
+    data = tmp_path / "my rows.csv"
+    sentences(80).rename(columns={"text": "the title", "label": "cls"}).to_csv(data, index=False)
+    code, out, err = run("init", "--data", data, "--text", "the title", "--label", "cls", "--out", "my own.yaml")
+    assert code == 0, err
+    command = f"luthier plan --recipe 'my own.yaml' --model MODEL --data '{data}' --text 'the title' --label cls"
+    assert out.splitlines()[-1] == f"  {command}" and command in Path("my own.yaml").read_text()
 
 
 def test_lists_cards_and_schema_are_told_in_80_columns(run):

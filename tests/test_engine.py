@@ -229,7 +229,7 @@ class Explodes(Ingredient):
         return lambda model, batch: inner(model, batch) * (float("nan") if ctx.progress.step == 2 else 1.0)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_good_weights(tiny_model, tmp_path):
+def test_a_loss_that_is_not_a_number_stops_the_run_keeps_finite_weights_and_says_what_to_do(tiny_model, tmp_path):
     stage = luthier.Stage(ingredients=(Explodes(),), steps=6, learning_rate=1e-3, batch_size=8)
     made = luthier.Recipe(name="nan", stages=(stage,), max_length=16)
     from luthier.recipe import registry
@@ -241,6 +241,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_good_weights(tiny_m
     finally:
         del registry.INGREDIENTS["test_engine"]
     assert caught.value.exit_code == 1
+    do = "The weights before this step are finite.  --resume would come to the same: start anew in another --out"
+    assert do in str(caught.value)
     (kept,) = (tmp_path / "run" / "checkpoints").glob("stage-0-step-*")
     state = torch.load(kept / "state.pt", weights_only=True)
     assert state["run"]["step"] == 2
@@ -351,3 +353,34 @@ def test_a_pair_of_texts_is_read_and_trained_on(tiny_model):
     report = luthier.fit(recipe(BASE, steps=2), model=tiny_model, data=pairs)
     assert report.data["columns"]["text_pair"] == "sentence2"
     assert report.metrics["test"]["n"] == 6
+
+
+class Bars(Silent):
+    """Each bar's label, its length, and how far it came."""
+
+    def __init__(self) -> None:
+        self.bars: list[list] = []
+
+    def bar(self, label, total):
+        self.bars.append([label, total, 0])
+        return super().bar(label, total)
+
+    def advance(self, by=1, *, say=""):
+        self.bars[-1][2] += by
+
+
+def test_the_bar_of_measuring_comes_to_its_end(tiny_model):
+    bars = Bars()
+    luthier.fit(recipe(BASE, steps=1), model=tiny_model, data=sentences(), narrator=bars)
+    assert [told for told in bars.bars if told[0] == "measuring"] == [["measuring", 12, 12]]  # 60 rows, 48 to train
+
+
+def test_a_regression_is_told_beside_the_mean_of_its_training_labels(tiny_model):
+    train = pd.DataFrame({"text": ["a film", "the book", "it is", "was so"], "label": [0.5, 1.5, 2.25, 3.75]})
+    test = pd.DataFrame({"text": ["a cast", "the plot"], "label": [1.0, 6.0]})
+    rows = {"train": train, "validation": train, "test": test}
+    report = luthier.fit(recipe(BASE, steps=1), model=tiny_model, data=rows, task="regression")
+    # the mean is 2, which is 1 and 4 away: sqrt((1 + 16) / 2)
+    assert report.data["constant"]["test"] == pytest.approx(math.sqrt(8.5))
+    assert report.no_better("test") == (report.metrics["test"]["rmse"] >= math.sqrt(8.5))
+    assert "always answering the mean of the training labels: rmse 2.9155 on test" in report.summary()

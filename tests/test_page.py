@@ -296,6 +296,15 @@ def test_the_sentences_say_it_plainly() -> None:
     ]
 
 
+def test_a_run_that_is_no_better_than_one_answer_for_all_is_told_in_words() -> None:
+    bad = replace(a_report(), metrics={"test": {**TEST, "accuracy": 0.7}, "ood": {}}, calibrated={})
+    end = "always answering “no” would be right for 70.0\u00a0%, so the run is no better than that."
+    assert words.sentences(bad)[1].endswith(end)
+    told = {error: words.sentences(regression(data={"constant": {"test": error}}))[2] for error in (0.5, 0.75)}
+    assert told[0.75] == "Its RMSE is 0.500; always answering the mean of the training labels would give 0.750."
+    assert told[0.5].endswith("would give 0.500, so the run is no better than that.")
+
+
 def test_blocks_that_learn_alike_are_one_row_of_the_plan_and_decay_is_told_once() -> None:
     def row(depth: int, name: str, lr: float, decay: float = 0.0) -> dict[str, Any]:
         same = {"weights": 5, "trainable": lr > 0, "set_by": ["freeze" if lr == 0 else "llrd"]}

@@ -221,3 +221,32 @@ def test_reading_a_report_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, luthier.report; print(sorted({'torch', 'matplotlib', 'numpy', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_large_scores_stand_apart_and_shares_keep_four_digits() -> None:
+    scores = {"rmse": 210679.2785, "mae": 202800.3905, "pearson": -0.12345, "spearman": -3.2e12, "n": 10}
+    told = a_report(task="regression", metric="rmse", metrics={"validation": scores, "ood": {}}, calibrated={})
+    line = next(line for line in told.summary().splitlines() if line.startswith("  validation"))
+    assert line.split() == ["validation", "210679", "202800", "-0.1235", "-3.2e+12", "10"]
+
+
+def test_a_run_that_is_no_better_than_one_answer_for_all_is_told_so() -> None:
+    # 7 of the 10 test rows are "no"
+    assert a_report().baseline("test") == ("accuracy", 0.7, "no") and not a_report().no_better("test")
+    assert "always answering" not in a_report().summary()
+    bad = a_report(metrics={"test": {**TEST, "accuracy": 0.7}, "ood": {}}, calibrated={})
+    assert "  always answering 'no': accuracy 0.7000 on test; this run is no better" in bad.summary().splitlines()
+    for rmse, told in ((0.5, "rmse 2.0000 on test"), (2.0, "rmse 2.0000 on test; this run is no better")):
+        one = a_report(
+            task="regression",
+            metric="rmse",
+            metrics={"test": {"rmse": rmse, "n": 9}, "ood": {}},
+            calibrated={},
+            confusion={},
+            data={"constant": {"test": 2.0}},
+        )
+        flat = " ".join(one.summary().split())
+        assert f"always answering the mean of the training labels: {told} report:" in flat.replace(
+            "to know: 3 rows of test also stand in train ", ""
+        )
+    assert a_report(confusion={}).baseline("test") is None

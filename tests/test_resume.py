@@ -6,13 +6,15 @@ import json
 import random
 import shutil
 import signal
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import luthier
 from luthier import checkpoint
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, RunError
 from luthier.narrate import Silent
 from luthier.recipe.text import build
 from tests.little import Counts, KillsItself, in_a_child, recipe, same, sentences, weights
@@ -175,14 +177,47 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tiny_model, tmp_path
     assert whole.recipe_digest
 
 
+def test_a_full_disk_when_the_model_is_saved_is_told_and_the_run_goes_on(tiny_model, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from luthier.sources import models
+
+    real = models.store
+
+    def full(model, tokenizer, folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(models, "store", full)
+    out = tmp_path / "a run"
+    with pytest.raises(RunError, match="No space left on device .os error 28..  When") as caught:
+        fit(tiny_model, out, "swa")
+    assert f"make room), luthier fit --out '{out}' --resume goes on" in str(caught.value)
+    monkeypatch.setattr(models, "store", real)
+    fit(tiny_model, out, "swa", resume=True)
+    assert weights(out)
+
+
+class Asks(Silent):
+    """Asks to stop at the first step."""
+
+    def advance(self, by: int = 1, *, say: str = "") -> None:
+        if say.startswith("loss"):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_time_of_a_run_that_was_stopped_counts_in_its_report(tiny_model, tmp_path, monkeypatch):
+    with monkeypatch.context() as slow:
+        hours = count(step=3600)
+        slow.setattr("luthier.fitting.time", SimpleNamespace(monotonic=lambda: next(hours)))
+        with pytest.raises(LuthierError, match="stopped on request at step 1"):
+            fit(tiny_model, tmp_path / "run", "swa", narrator=Asks())
+    report = fit(tiny_model, tmp_path / "run", "swa", resume=True)
+    assert 3600 < report.seconds < 100 * 3600
+
+
 def test_asked_to_stop_it_stops_between_steps_and_goes_on_to_the_same_bits(tiny_model, tmp_path):
     kind = "swa"
     fit(tiny_model, tmp_path / "whole", kind)
-
-    class Asks(Silent):
-        def advance(self, by: int = 1, *, say: str = "") -> None:
-            if say.startswith("loss"):
-                signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(LuthierError, match="--resume goes on from there") as caught:
         fit(tiny_model, tmp_path / "run", kind, narrator=Asks())

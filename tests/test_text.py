@@ -248,3 +248,18 @@ def test_a_recipe_has_a_list_of_stages(stages, got):
     with pytest.raises(RecipeError) as caught:
         build({"name": "a", "stages": stages}, inside="a")
     assert caught.value.faults[0].got == got
+
+
+@pytest.mark.parametrize(("item", "at"), [("4", None), ("0", 0), ("-1", -1)])
+def test_a_change_of_a_lists_item_is_told_as_the_whole_list_which_works(item, at):
+    with pytest.raises(RecipeError, match="must name a value, not a list's item") as caught:
+        read("ft", sets=[f"stages.0.ingredients.{item}={{r_drop: {{alpha: 2}}}}"])
+    change = str(caught.value).split("Give the whole list: '")[1].removesuffix("'.")
+    before, made = (list(read("ft", sets=sets).stages[0].ingredients) for sets in ([], [change]))
+    new = luthier.RDrop(alpha=2)
+    assert made == [*before, new] if at is None else made[at] == new and len(made) == len(before)
+
+
+def test_a_change_of_a_whole_stage_names_a_value_of_it():
+    with pytest.raises(RecipeError, match=r"such as stages\.0\.lr=3e-5"):
+        read("ft", sets=["stages.0=3"])

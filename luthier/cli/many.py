@@ -37,7 +37,10 @@ def compare(
         Path, typer.Option("--out", "-o", help="The comparison's folder; called again, it goes on there.")
     ] = Path("comparison"),
     seeds: Annotated[
-        str | None, typer.Option("--seeds", help="How many, or which: 5, or 0,3,7; 5 if not given.")
+        str | None,
+        typer.Option(
+            "--seeds", help="How many, or which: 5, or 0,3,7; if not given those it has, or 5 where it is new."
+        ),
     ] = None,
     vary: Annotated[
         str | None,
@@ -101,6 +104,7 @@ def compare(
     from luthier.comparing import compare as compared
     from luthier.comparing import designed, jobs
     from luthier.console import narrator
+    from luthier.trials.outcome import listed
     from luthier.trials.places import parameters
 
     if not recipe:
@@ -139,16 +143,22 @@ def compare(
     found = compared(recipe, **asked, **place)
     say.line()
     say.show(found)
+    if failed := [row.name for row in found.trials if row.state == "failed"]:
+        told = f"{len(failed)} of {len(found.trials)} runs failed: {listed(failed)}"
+        raise RunError(f"{told}.  The same command tries them again.")
 
 
-def gather(comparison: Annotated[Path, typer.Argument(help="The folder of a comparison.")]) -> None:
+def gather(
+    comparison: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="What they are compared by now; as the comparison says if not given.")
+    ] = None,
+) -> None:
     """Tell what the runs of a comparison say that are done now; writes its comparison.json and compare.html anew."""
     from luthier.comparing import tell
     from luthier.console import narrator
 
-    say = narrator()
-    say.show(tell(comparison))
-    say.line(f"page: {comparison / 'compare.html'}")
+    narrator().show(tell(comparison, metric=metric))
 
 
 def work(

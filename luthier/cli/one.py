@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +33,12 @@ from luthier.errors import LuthierError
 
 
 def fit(
-    recipe: RecipeOption = "lp-ft",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", help="A shipped name (see 'luthier recipes') or a YAML file; lp-ft if not given."
+        ),
+    ] = None,
     model: ModelOption = None,
     data: DataOption = None,
     text: TextOption = None,
@@ -43,11 +49,14 @@ def fit(
     out_domain: OutDomainOption = None,
     label_map: MapOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The run folder; runs/RECIPE-DATA-seedN if not given.")
+        Path | None,
+        typer.Option("--out", "-o", help="The run folder; runs/RECIPE-DATA if not given, with -seedN after --seed N."),
     ] = None,
     seed: SeedOption = None,
     sets: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; what is not given is as it was called with.")
+    ] = False,
     save_every: Annotated[
         int | None,
         typer.Option("--save-every", min=1, help="Steps between checkpoints; every two minutes if not given."),
@@ -61,36 +70,44 @@ def fit(
     demo: DemoOption = False,
 ) -> None:
     """Fine-tune a model on your data; leaves a run folder with model, report and log."""
+    from luthier.call import Call
     from luthier.console import narrator
     from luthier.folder import fresh
     from luthier.narrate import Silent
 
-    model, source, label_of = sources_of(model, data, demo)
-    if out is None:
-        if resume:
+    asked: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "text": text,
+        "text_pair": text_pair,
+        "label": label,
+        "ood": named_of(ood),
+        "out_domain": out_domain,
+        "label_map": mapped_of(label_map),
+    }
+    if resume:
+        if out is None:
             raise LuthierError("--resume needs --out, the folder of the run to go on with.")
+        asked = _begun(out, asked)
+        there = out / "recipe.yaml"
+        recipe = recipe or (str(there) if there.is_file() else None)
+    recipe = recipe or "lp-ft"
+    asked["model"], asked["data"], label_of = sources_of(asked["model"], asked["data"], demo)
+    if out is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise LuthierError("--out must be given when several processes run, so that all of them mean one folder.")
         name = f"{Path(recipe).stem}-{label_of}" + (f"-seed{seed}" if seed is not None else "")
         out = fresh(Path("runs"), name)
     from luthier.engine import fit as run
 
-    sets = [*DEMO_SETS, *(sets or ())] if demo else sets
     say = narrator() if os.environ.get("RANK", "0") == "0" else Silent()
     report = run(
         recipe,
-        model=model,
-        data=source,
+        **asked,
         out=out,
         seed=seed,
-        text=text,
-        text_pair=text_pair,
-        label=label,
         task=task,
-        ood=named_of(ood),
-        out_domain=out_domain,
-        label_map=mapped_of(label_map),
-        sets=sets or (),
+        sets=[*(DEMO_SETS if demo else ()), *(sets or ())],
         resume=resume,
         save_every=save_every,
         keep_stages=keep_stages,
@@ -100,10 +117,34 @@ def fit(
     say.line()
     say.show(report)
     say.line("\nnext:")
-    say.line(f"  luthier report {out}")
-    say.line(f"  luthier predict {out} --data FILE --out predictions.csv")
-    sources = "--demo" if demo else f"--model {model} --data {data or report.data['source']}"
-    say.line(f"  luthier fit --recipe llrd {sources}")
+    say.line(f"  luthier report {shlex.quote(str(out))}")
+    say.line(f"  luthier predict {shlex.quote(str(out))} --data FILE --out predictions.csv")
+    told = (
+        ("--task", task),
+        ("--seed", None if seed is None else str(seed)),
+        *(("--set", change) for change in sets or () if not change.strip().startswith("stages.")),
+    )
+    asked["data"] = asked["data"] or report.data["source"]
+    if demo:  # which names these
+        asked |= {name: None for name in ("model", "data") if asked[name] == "demo"}
+    options = Call.of(**asked).options(*told)
+    say.line(f"  luthier fit --recipe llrd {'--demo ' if demo else ''}{options}".rstrip())
+
+
+def _begun(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the run in ``out`` was called with, for all that is not asked for now."""
+    from luthier.call import NAME, Call
+    from luthier.reruns import FLAGS, gone
+
+    if not (out / NAME).is_file():
+        return asked
+    call = Call.load(out)
+    then = call.arguments()
+    told = {name: asked[name] or value for name, value in then.items()}
+    told["ood"] = then["ood"] | asked["ood"]
+    if faults := list(gone(out, call, told, FLAGS)):
+        raise LuthierError.of(faults, f"--resume of {out}")
+    return told
 
 
 def plan(

@@ -46,14 +46,15 @@ DemoOption = Annotated[
 DEMO_SETS = ("max_length=128",)  # keeps the demo under two minutes of training on two cores
 
 
-def sources_of(model: str | None, data: str | None, demo: bool) -> tuple[str, Any, str]:
+def sources_of(model: str | None, data: Any, demo: bool) -> tuple[str, Any, str]:
     """The model, the data, and the data's short name for a folder."""
+    short = Path(data).name.split(".")[0] if isinstance(data, str) else "demo" if demo else "recipe"
     if demo:
-        return model or "demo", data or "demo", "demo" if data is None else Path(data).name.split(".")[0]
+        return model or "demo", data or "demo", short
     missing = [flag for flag, value in (("--model", model), ("--data", data)) if value is None]
     if model is None:
         raise LuthierError(f"{' and '.join(missing)} must be given, or --demo.")
-    return model, data, Path(data or "recipe").name.split(".")[0]
+    return model, data, short
 
 
 def seeds_of(told: str) -> int | list[int]:

@@ -26,7 +26,7 @@ class Row:
 
     Args:
         scores: of the runs that count as whole.
-        failed: scores of runs at or under the majority class.
+        failed: scores of runs that are no better than always giving the same answer.
         gone: how many ended without a score.
     """
 

@@ -118,7 +118,7 @@ def sentences(report: Report) -> list[str]:
         return [begin, "No split was held out, so nothing was measured."]
     scores = report.metrics[name]
     if report.task == "regression":
-        return [begin, _regression(scores, name), *_shifted(report, scores, name)]
+        return [begin, _regression(scores, name), *_constant(report, scores, name), *_shifted(report, scores, name)]
     return [begin, *_right(report, scores, name), *_shifted(report, scores, name), *_sure(report, scores, name)]
 
 
@@ -127,13 +127,10 @@ def _right(report: Report, scores: Mapping[str, Any], name: str) -> list[str]:
     if accuracy is None or not n:
         return []
     told = f"It names the right class for {round(accuracy * n):,} of {n:,} {name} rows ({shown('accuracy', accuracy)})"
-    sums = [sum(row) for row in report.confusion.get(name, [])]
-    if not sums or len(sums) != len(report.labels):
+    known = report.baseline(name)
+    if known is None:
         return [told + "."]
-    best = sums.index(max(sums))
-    return [
-        f"{told}; always answering “{report.labels[best]}” would be right for {100 * max(sums) / sum(sums):.1f}\u00a0%."
-    ]
+    return [f"{told}; always answering “{known[2]}” would be right for {shown(*known[:2])}{_no_better(report, name)}."]
 
 
 def _regression(scores: Mapping[str, Any], name: str) -> str:
@@ -141,6 +138,18 @@ def _regression(scores: Mapping[str, Any], name: str) -> str:
     if scores.get("pearson") is not None:
         told.append(f"correlated with it at {scores['pearson']:.3f} (Pearson)")
     return f"On the {scores.get('n', 0):,} {name} rows its predictions are {' and '.join(told) or 'not measured'}."
+
+
+def _constant(report: Report, scores: Mapping[str, Any], name: str) -> list[str]:
+    known = report.baseline(name)
+    if known is None:
+        return []
+    ours, theirs = (shown("rmse", value) for value in (scores.get("rmse"), known[1]))
+    return [f"Its RMSE is {ours}; always answering {known[2]} would give {theirs}{_no_better(report, name)}."]
+
+
+def _no_better(report: Report, name: str) -> str:
+    return ", so the run is no better than that" if report.no_better(name) else ""
 
 
 def _shifted(report: Report, scores: Mapping[str, Any], name: str) -> list[str]:

@@ -213,7 +213,7 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
             return Fault(path, f"there is no {step!r} here", do=_known(here, step))
         here = below
     if isinstance(here, list):
-        return Fault(path, "must name a value, not a list's item")
+        return Fault(path, "must name a value, not a list's item", do=_whole(here, steps, last, value))
     if not isinstance(here, dict):
         return Fault(path, "must name a value inside a mapping")
     name = ALIASES.get(last, last)
@@ -271,6 +271,19 @@ def _known(here: Any, step: str) -> str:
         return ""
     names = _names(here)
     return did_you_mean(step, names) or f"There are {len(here)}, counted from 0: {', '.join(names)}."
+
+
+def _whole(here: list[Any], steps: list[str], last: str, value: str) -> str:
+    """How a list that ``last`` should stand in is given: with all its items."""
+    if steps[-1] == "stages":
+        return f"Name a value of the stage, such as {'.'.join(steps)}.{last}.lr=3e-5."
+    items, item = list(here), parse(value, inside=value)
+    if last.lstrip("-").isdigit() and -len(items) <= int(last) < len(items):
+        items[int(last)] = item
+    else:
+        items.append(item)
+    told = yaml.safe_dump(items, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()
+    return f"Give the whole list: '{'.'.join(steps)}={told}'."
 
 
 def _names(items: Any) -> list[str]:

@@ -54,21 +54,25 @@ def majority_share(labels: Any) -> float:
     return float(counts.max() / counts.sum())
 
 
-def failed(accuracies: Any, majority: float, *, seeds: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The seeds whose run failed: accuracy at or under the share of the majority class.
+def failed(
+    scores: Any, baseline: float, *, seeds: Sequence[int] | None = None, higher_is_better: bool = True
+) -> tuple[int, ...]:
+    """The seeds whose run failed: accuracy at or under the share of the majority class, or an error at or over a constant's.
 
     Args:
-        accuracies: shape (seeds,), of the same rows as ``majority``.
-        majority: see ``majority_share``.
+        scores: shape (seeds,), of the same rows as ``baseline``.
+        baseline: see ``majority_share``; of a regression, the RMSE of always answering the mean of the training labels.
         seeds: their numbers; 0, 1, 2, ... without.
     Source: Mosbach, Andriushchenko, Klakow, ICLR 2021 (arXiv:2006.04884): a run that ends at or below the
         majority class' accuracy has failed.
+    Differs: of regressions the article says nothing.
     """
-    values = vector(accuracies, "accuracies")
+    values = vector(scores, "scores")
     numbers = tuple(range(len(values))) if seeds is None else tuple(seeds)
     if len(numbers) != len(values):
         raise refuse("seeds", f"must name each of the {len(values)} runs", len(numbers))
-    return tuple(number for number, value in zip(numbers, values, strict=True) if value <= majority + _EXACT)
+    sign = 1 if higher_is_better else -1
+    return tuple(number for number, value in zip(numbers, values, strict=True) if sign * (value - baseline) <= _EXACT)
 
 
 def told(recipe: str, gone: Sequence[int], runs: int, majority: float, *, on: str = "") -> str:

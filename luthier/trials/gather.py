@@ -13,7 +13,7 @@ from luthier import evaluate
 from luthier.comparison import Comparison, Level, Setting, TrialRow, Versus
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.scores import HIGHER_IS_BETTER
-from luthier.errors import LuthierError
+from luthier.errors import Fault, LuthierError, RunError, did_you_mean
 from luthier.outputs import adjusted, kept
 from luthier.report import Report, flat
 from luthier.statistics import runs
@@ -28,11 +28,14 @@ from luthier.trials.searched import chosen, searches
 from luthier.trials.spared import cost
 
 
-def gather(folder: str | Path, design: Design | None = None) -> Comparison:
+def gather(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
     """What the runs in ``folder`` that have ended say.
 
+    Args:
+        metric: what they are compared by; None = as the comparison says. Where runs were chosen, by a search or early, it stays.
     Raises:
-        LuthierError: there is no comparison in ``folder``, or no run has ended.
+        LuthierError: there is no comparison in ``folder``, no run has ended, or the metric is none of them.
+        RunError: none has ended well, and one has failed.
     """
     desk = Desk(Path(folder))
     known = design or Design.load(desk.path)
@@ -43,9 +46,10 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
     reports = {trial.name: reports[trial.name] for trial in trials if trial in these and trial.name in reports}
     if not reports:
         failed = next((row for row in rows if row.why), None)
+        kind = RunError if failed else LuthierError
         why = f"{failed.name}: {_last(failed.why)}" if failed else "none is done"
-        raise LuthierError(f"{folder}: no run has ended, so there is nothing to compare.  {why}")
-    metric = known.metric or next(iter(reports.values())).metric
+        raise kind(f"{folder}: no run has ended, so there is nothing to compare.  {why}")
+    metric = _metric(known, metric, next(iter(reports.values())))
     found = [
         _Told(asked.name, known, metric, rows, desk, {t: reports[t.name] for t in trials if t.name in reports})
         for asked in known.settings
@@ -77,6 +81,20 @@ def gather(folder: str | Path, design: Design | None = None) -> Comparison:
         asked={"seeds": list(known.seeds), "against": known.against, "alpha": ALPHA, "recipes": known.recipes},
         path=str(folder),
     )
+
+
+def _metric(design: Design, asked: str | None, report: Report) -> str:
+    """The metric that is compared: what is asked for, else the design's, else the task's own."""
+    own = design.metric or report.metric
+    known = [name for name in HIGHER_IS_BETTER if any(name in scores for scores in report.splits.values())]
+    faults = []
+    if asked is not None and asked not in known:
+        faults.append(Fault("--metric", f"must be of {', '.join(known)}", asked, did_you_mean(asked, known)))
+    elif asked not in (None, own) and design.more:
+        faults.append(Fault("--metric", f"must be {own}, as runs were chosen by it", str(asked), "Leave it out."))
+    if faults:
+        raise LuthierError.of(faults, "the comparison")
+    return asked or own
 
 
 class _Told:
@@ -156,7 +174,13 @@ class _Told:
             accuracies = [self._score(trial, split, "accuracy") for trial in self.of(recipe) if trial.name in scored]
             majority = self.setting.majority[split]
             gone = runs.failed(accuracies, majority)
-            sentence = _failed(recipe, [names[at] for at in gone], len(names), majority, split)
+            why = f"accuracy at or under {majority:.3f}, the share of the majority class"
+            sentence = _failed(recipe, [names[at] for at in gone], len(names), why, split)
+        elif known := self.runs[self.of(recipe)[0]].baseline(split):
+            errors = [self._score(trial, split, "rmse") for trial in self.of(recipe) if trial.name in scored]
+            gone = runs.failed(errors, known[1], higher_is_better=False)
+            why = f"RMSE at or over {known[1]:.4g}, that of {known[2]}"
+            sentence = _failed(recipe, [names[at] for at in gone], len(names), why, split)
         return Level(
             setting=self.setting.name,
             recipe=recipe,
@@ -258,15 +282,12 @@ def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_T
     return list(dict.fromkeys(notes))
 
 
-def _failed(recipe: str, names: Sequence[str], runs: int, majority: float, split: str) -> str:
+def _failed(recipe: str, names: Sequence[str], runs: int, why: str, split: str) -> str:
     """
-    >>> _failed("ft", ["ft-head0-order0", "ft-head0-order1"], 4, 0.62, "test")[:66]
-    'ft failed in 2 of 4 runs on test (ft-head0-order0 and ft-head0-ord'
+    >>> _failed("ft", ["ft-seed0", "ft-seed1"], 4, "accuracy at or under 0.620", "test")
+    'ft failed in 2 of 4 runs on test (ft-seed0 and ft-seed1): accuracy at or under 0.620'
     """
-    if not names:
-        return ""
-    why = f"accuracy at or under {majority:.3f}, the share of the majority class"
-    return f"{recipe} failed in {len(names)} of {runs} runs on {split} ({listed(names)}): {why}"
+    return f"{recipe} failed in {len(names)} of {runs} runs on {split} ({listed(names)}): {why}" if names else ""
 
 
 def _varied(design: Design) -> list[str]:

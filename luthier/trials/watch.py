@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from luthier.trials.searched import progress, waiting
 from luthier.units import duration
 
 MOST_COLUMNS = 8  # of seeds in the live table
+MOST_LETTERS = 160  # of why a run failed
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Watch:
                 told = f"{report['metric']} {_score(report)} on {_shown(report)}, {duration(report['seconds'])}"
             elif state == "failed":
                 self._ended[trial.name] = "failed"
-                told = f"failed: {str(self.desk.failure(trial)).strip().splitlines()[-1][:100]}"
+                last = str(self.desk.failure(trial)).strip().splitlines()[-1]
+                told = f"failed: {textwrap.shorten(last, MOST_LETTERS, placeholder=' ...')}"
             elif trial in gone:
                 self._ended[trial.name] = "stopped"
                 told = "stopped early"

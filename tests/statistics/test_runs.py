@@ -37,6 +37,10 @@ def test_runs_at_or_under_the_majority_share_failed_and_are_named_by_their_seed(
     assert failed([0.9, at], share) == (1,)
 
 
+def test_of_errors_those_at_or_over_the_constants_failed():
+    assert failed([0.9, 1.2, 1.5], 1.2, higher_is_better=False) == (1, 2)
+
+
 def test_the_sentence_names_one_seed_or_several_and_is_empty_without():
     assert told("ft", (), 5, 0.5) == ""
     assert told("ft", (4,), 5, 0.5) == (

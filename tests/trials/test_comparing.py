@@ -19,6 +19,7 @@ from luthier.errors import LuthierError
 from luthier.narrate import Silent
 from luthier.outputs import keep, kept
 from luthier.statistics.exact import mcnemar
+from luthier.trials import gather as gathering
 from luthier.trials import work as workshop
 from luthier.trials.design import Design
 from luthier.trials.desk import Desk
@@ -248,6 +249,22 @@ def test_a_regression_is_compared_by_its_error(tiny_model, tmp_path):
     assert (found.metric, found.higher, found.unit["name"]) == ("rmse", False, "")
     assert not found.settings[0].majority and found.reliability == {"data": {}}
     assert "RMSE" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_regression_no_better_than_the_training_mean_has_failed_and_another_metric_is_told(tiny_model, tmp_path):
+    rows = sentences(80)
+    rows["label"] = [100 + len(text.split()) / 7 for text in rows["text"]]
+    out = tmp_path / "out"
+    found = compare([FT], model=tiny_model, data=rows, out=out, seeds=2)
+    level = next(one for one in found.levels if one.split == "test")
+    assert level.failed == ("ft-seed0", "ft-seed1")  # six steps do not come near 100
+    constant = luthier.Report.load(out / "runs" / "ft-seed0").data["constant"]["test"]
+    assert f"RMSE at or over {constant:.4g}, that of the mean of the training labels" in level.sentence
+    assert level.sentence in found.notes
+    assert gather(out, metric="mae").metric == "mae" and gather(out).metric == "rmse"
+    chosen = dataclasses.replace(Design.load(out), more={"early": {}})
+    with pytest.raises(LuthierError, match="--metric  must be rmse, as runs were chosen by it; got mae"):
+        gathering._metric(chosen, "mae", luthier.Report.load(out / "runs" / "ft-seed0"))
 
 
 def test_a_constant_regression_leaves_its_pair_unclaimed_and_all_else_is_told(tiny_model, tmp_path):
