@@ -144,27 +144,20 @@ def _hooks(ingredient: Ingredient, make: Callable[[], nn.Module], seen: Observed
 
     if ingredient.loss(plain, ctx) is not plain:
         seen.add(Place.LOSS)
-    weights = [nn.Parameter(torch.linspace(-30, 50, 7)), nn.Parameter(torch.ones(3))]
-    probe = torch.optim.SGD(
-        [{"params": weights, "names": ("a", "b"), "lr": 0.0, "initial_lr": 0.0, "weight_decay": 0.0}], lr=0.0
-    )
-    fresh = Context(
-        ctx.anatomy, Progress(STEPS), 0, "check/probe", ctx.claims, Shelf(), [], ctx.start, around=ctx.around
-    )
-    made: Optimizer = ingredient.optimizer(probe, fresh)
+    weights = {name: value for name, value in run.model.named_parameters() if value.requires_grad}
+    group = {"params": list(weights.values()), "names": tuple(weights), "initial_lr": 0.0, "weight_decay": 0.0}
+    probe = torch.optim.SGD([group], lr=0.0)
+    made: Optimizer = ingredient.optimizer(probe, ctx)
     if type(made) is not type(probe):
         seen.add(Place.OPTIMIZER)
     elif made is probe:
-        for weight in weights:
-            weight.grad = torch.arange(weight.numel(), dtype=torch.float32) + 1.0
-        before = [weight.grad.clone() for weight in weights if weight.grad is not None]
+        before = {name: (torch.arange(value.numel()) + 1.0).view_as(value).to(value) for name, value in weights.items()}
+        for name, value in weights.items():
+            value.grad = before[name].clone()
         made.step()
-        if any(
-            not torch.equal(old, weight.grad)
-            for old, weight in zip(before, weights, strict=True)
-            if weight.grad is not None
-        ):
-            seen.add(Place.GRADIENT)
+        changed = {name for name, v in weights.items() if v.grad is None or not torch.equal(before[name], v.grad)}
+        if changed:
+            seen.add(Place.GRADIENT, {ctx.anatomy.part(name).canonical for name in changed})
 
 
 def _finish(ingredient: Ingredient, model: nn.Module, seen: Observed) -> None:

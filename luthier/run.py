@@ -23,7 +23,7 @@ from luthier.core.context import Around, Context, Progress, Shelf
 from luthier.core.groups import plain
 from luthier.core.modes import quieted
 from luthier.core.schedule import Schedule
-from luthier.errors import CheckpointError, Fault, ModelError
+from luthier.errors import CheckpointError, Fault, ModelError, RunError
 from luthier.plan import Entry, StagePlan, compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 
@@ -77,6 +77,7 @@ class Run:
         given = around or Around()
         self._around = given if given.loss is not None else replace(given, loss=own_loss)
         self._scored: tuple[int, Mapping[str, Any]] | None = None
+        self._offered = False
         self._place = place
         self._folder = folder
         self._start: dict[str, Tensor] | None = None
@@ -95,6 +96,7 @@ class Run:
         self.optimizer = self._optimize()
         factors = [_factor(group.schedule, plan.steps) for group in plan.table.groups()]
         self.schedule = LambdaLR(self.optimizer, factors)
+        self.model.zero_grad(set_to_none=True)  # of whatever was done with the model before
         self.train()
 
     def closure(self, *batches: Any) -> Closure:
@@ -109,14 +111,25 @@ class Run:
         """Evaluates the step's data: leaves gradients, or whatever the stage's step needs. Returns the loss, shape ()."""
         offered = getattr(self.optimizer, "offer", None)
         loss: Tensor = offered(closure) if offered else closure.backward()
+        self._offered = True
         return loss
 
     def step(self, take: Callable[[Optimizer], Any] = lambda optimizer: optimizer.step()) -> None:
         """Takes the step that was offered, moves the schedule on, clears gradients, wakes what is due.
 
+        Gradients of ``run.loss(model, batch).backward()`` are a step too, unless an ingredient replaces the step (SAM, MeZO).
+
         Args:
             take: how the optimizer is stepped; a gradient scaler puts itself here.
+        Raises:
+            RunError: an ingredient replaces the step, and none was offered since the last.
         """
+        if hasattr(self.optimizer, "offer") and not self._offered:
+            names = ", ".join(entry.name for entry in self.plan.entries if entry.claims_any(Place.STEP))
+            must = f"must come after run.offer, as {names} replaces the step"
+            do = "Say run.offer(run.closure(batch)) in place of run.loss(model, batch).backward()."
+            raise RunError.of([Fault("run.step()", must, do=do)], "the loop")
+        self._offered = False
         take(self.optimizer)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,8 +243,15 @@ class Run:
                 entry.ingredient.surgery(self.model, self._context(entry, anatomy))
 
     def _ordered(self) -> list[Entry]:
-        """Those that change the model's structure first, so that they are undone last."""
-        return sorted(self.plan.entries, key=lambda entry: not entry.claims_any(*_STRUCTURE))
+        """Those that change the model's structure first, so that they are undone last.
+
+        The first of them is who says what learns: lora saves the head, which the others must have left plain by then.
+        """
+
+        def turn(entry: Entry) -> int:
+            return 2 - entry.claims_any(*_STRUCTURE) * (1 + entry.owns(Place.TRAINABLE))
+
+        return sorted(self.plan.entries, key=turn)
 
     def _awake(self) -> None:
         weights = dict(self.model.named_parameters())
@@ -332,7 +352,8 @@ def begin(
         score: the model's scores by metric on rows that are not trained on, for ingredients that choose by them.
         family: where the model's parts are, for families that Luthier does not know.
     Returns:
-        a Run: ``loss = run.loss(model, batch); loss.backward(); run.step()``, and ``run.finish()`` at the end.
+        a Run: for each batch ``run.offer(run.closure(batch)); run.step()``, and ``run.finish()`` at the end. ``offer`` leaves the gradients
+        and gives the loss; without SAM and MeZO, which replace the step, ``run.loss(model, batch).backward()`` does as well.
     Raises:
         RecipeError, ConflictError: as ``compose`` does.
     """

@@ -18,10 +18,12 @@ from luthier.core.context import Context
 from luthier.core.groups import groups_of
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.table import ParamTable
-from luthier.errors import CheckpointError, ModelError
+from luthier.errors import CheckpointError, ModelError, RunError
 from luthier.ingredients.averaging.swa import SWA
 from luthier.ingredients.gradients.clip import Clip
 from luthier.ingredients.optimizers.adamw import AdamW
+from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.optimizers.sam import SAM
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.plan import compose, skeleton
@@ -134,6 +136,30 @@ def test_a_run_is_the_loop_one_would_write_by_hand_bit_for_bit() -> None:
         schedule.step()
         optimizer.zero_grad()
     assert equal(ours, theirs)
+
+
+def test_gradients_that_were_there_before_the_run_are_not_stepped_with() -> None:
+    fresh, used = tiny("bert"), tiny("bert")
+    used(**batch(7)).loss.backward()
+    for model in (fresh, used):
+        train(begin(model, [AdamW()], learning_rate=1e-2, steps=2), 0, 1)
+    assert equal(fresh, used)
+
+
+@pytest.mark.parametrize(("one", "name"), [(SAM(rho=0.5), "sam"), (MeZO(), "mezo")])
+def test_a_step_that_is_replaced_must_be_offered_and_each_offer_is_good_for_one(one: Ingredient, name: str) -> None:
+    model = tiny("bert")
+    run = begin(model, [one], learning_rate=1e-2, steps=4)
+    run.loss(model, batch(0)).backward()
+    with pytest.raises(RunError, match=rf"as {name} replaces the step.  Say run.offer\(run.closure\(batch\)\)"):
+        run.step()
+    assert run.progress.step == 0
+    assert equal(model, tiny("bert"))
+    run.offer(run.closure(batch(0)))
+    run.step()
+    assert not equal(model, tiny("bert"))
+    with pytest.raises(RunError, match="must come after run.offer"):
+        run.step()
 
 
 def test_a_step_that_was_offered_is_the_step_of_the_loss() -> None:

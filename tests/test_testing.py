@@ -58,6 +58,30 @@ class ClaimsTheWrongPlace(Ingredient):
 
 
 @ingredient
+class EditsOtherGradients(Ingredient):
+    """Says the embeddings, and doubles the head's."""
+
+    def touches(self):
+        return (wraps(Place.GRADIENT, "embeddings"),)
+
+    def optimizer(self, inner, ctx):
+        def double(optimizer, args, named):
+            for group in optimizer.param_groups:
+                for name, weight in zip(group["names"], group["params"], strict=True):
+                    if name == "classifier.weight":
+                        weight.grad.mul_(2.0)
+
+        inner.register_step_pre_hook(double)
+        return inner
+
+
+@ingredient
+class EditsGradientsSilently(EditsOtherGradients):
+    def touches(self):
+        return ()
+
+
+@ingredient
 class DrawsGlobally(Ingredient):
     def touches(self):
         return (wraps(Place.LOSS),)
@@ -108,6 +132,8 @@ def test_an_honest_ingredient_passes():
         (MovesWeightsSilently(), "touches the start weights and does not claim it"),
         (ClaimsTooMuch(), "claims the end weights and was not seen to touch it"),
         (ClaimsTheWrongPlace(), "outside what it claims"),
+        (EditsOtherGradients(), "touches the gradient at classifier.weight, outside what it claims"),
+        (EditsGradientsSilently(), "touches the gradient and does not claim it"),
         (DrawsGlobally(), "draws from torch's global generator"),
         (HidesState(), "does not go on exactly"),
         (LeavesThingsBehind(), "leaves"),

@@ -25,16 +25,26 @@ def masked(
     """Puts g <- factor M g in place before every step of ``optimizer``; where M is 0, the step may be undone after it.
 
     Args:
-        optimizer: its groups have ``names`` beside ``params``. It gets a hook before the step, and with ``strict`` one after it.
+        optimizer: its groups have ``names`` beside ``params``. It gets a hook before the step; with ``strict`` one more that comes before
+            all others, so that what they do to a weight is undone too, and one after the step.
         chosen: live names of the weights that are masked; a weight without a gradient is left alone.
         mask: (name, gradient) -> M, bool, of the gradient's shape, once a step and weight. It must not change the gradient.
         factor: multiplies what passes.
         strict: weights under a 0 of the mask get the bits back that they had before the step, whatever momentum and weight decay
-            did to them. Costs a copy of the chosen weights while the step is taken.
+            did to them. Costs a copy of the chosen weights: on the processor all the time, elsewhere while the step is taken.
     Returns:
         ``optimizer``.
     """
-    held: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, M, value before; empty between steps
+    held: list[tuple[str, Tensor, Tensor]] = []  # name, weight, M; empty between steps
+    kept: dict[str, Tensor] = {}  # what weights were; on the processor for good, as fresh memory takes time
+
+    @torch.no_grad()
+    def remember(optimizer: Optimizer, args: Any, values: Any) -> None:
+        for name, weight in _named(optimizer):
+            if name in chosen and weight.grad is not None:
+                if name not in kept:
+                    kept[name] = torch.empty_like(weight)
+                kept[name].copy_(weight)
 
     @torch.no_grad()
     def before(optimizer: Optimizer, args: Any, values: Any) -> None:
@@ -47,16 +57,20 @@ def masked(
             if factor != 1.0:
                 weight.grad.mul_(factor)
             if strict:
-                held.append((weight, passes, weight.detach().clone()))
+                held.append((name, weight, passes))
 
     @torch.no_grad()
     def after(optimizer: Optimizer, args: Any, values: Any) -> None:
-        for weight, passes, old in held:
-            weight.copy_(torch.where(passes, weight, old))
+        for name, weight, passes in held:
+            torch.where(passes, weight, kept[name], out=weight)
+            if weight.device.type != "cpu":
+                del kept[name]
         held.clear()
 
     optimizer.register_step_pre_hook(before)
     if strict:
+        first = optimizer.register_step_pre_hook(remember)
+        optimizer._optimizer_step_pre_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
         optimizer.register_step_post_hook(after)
     return optimizer
 

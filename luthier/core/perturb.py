@@ -8,15 +8,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from luthier.core.context import Progress
+from luthier.core.seeds import remembered
 from luthier.errors import Fault, ModelError, RunError
 
 _WRAPPERS = ("module", "_orig_mod")
+
+T = TypeVar("T")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -130,24 +134,78 @@ def afresh(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def rewinder(model: nn.Module) -> Callable[[], None]:
     """Remembers where the noise of forward passes stands; each call of what it gives puts it back there, in place.
 
-    So several passes see the same dropout. The global generators of the processor and of the model's CUDA devices are meant, and
-    the stream of quick dropout where ``luthier.quick`` serves the model. They are set, never drawn from.
+    So several passes see the same dropout. The global generators of the processor and of the model's CUDA devices are meant,
+    the stream of quick dropout where ``luthier.quick`` serves the model, and ``Draws``. They are set, never drawn from.
     """
-    devices = sorted({weight.device.index or 0 for weight in model.parameters() if weight.device.type == "cuda"})
-    state = torch.get_rng_state()
-    states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    put_back = remembered(weight.device for weight in model.parameters())
     handle = getattr(vars(unwrapped(model)).get("forward"), "handle", None)  # as ``luthier.quick`` leaves it
     quick = getattr(handle, "random", None)
     stream = copy.deepcopy(vars(quick)) if quick is not None else {}
+    places = [(draws, draws.place) for draws in _draws(model)]
 
     def rewind() -> None:
-        torch.set_rng_state(state)
-        for device, one in states:
-            torch.cuda.set_rng_state(one, device)
+        put_back()
+        for draws, place in places:
+            draws.place = place
         if quick is not None:
             vars(quick).update(copy.deepcopy(stream))
 
     return rewind
+
+
+class Draws(Generic[T]):
+    """Numbers the draws of noise that has a named stream, from 0 in each evaluation of the loss: made twice, it sees the same noise.
+
+    A module, or the owner of a module's forward hook, that has it as ``draws`` is rewound by ``rewinder``. A draw that gradient
+    checkpointing repeats in the backward pass is the one it was; of several, the last one first, as backward passes go.
+
+    Args:
+        progress: of the stage.
+        signer: the ingredient, for messages.
+        where: what sees the noise, for messages.
+    """
+
+    def __init__(self, progress: Progress, *, signer: str, where: str) -> None:
+        self._progress, self._signer, self._where = progress, signer, where
+        self.place = (-1, -1, 0)  # step, evaluation, draws in it
+        self._step, self._drawn = -1, list[T]()  # of this step, which a backward pass may repeat
+
+    def next(self, make: Callable[[int], T]) -> T:
+        """What ``make`` gives for the number of this draw.
+
+        Raises:
+            RunError: a pass is repeated that was first made without gradients (``use_reentrant=True``).
+        """
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, as torch.utils.checkpoint asks it
+            if not self._drawn:
+                do = "Say gradient_checkpointing_kwargs={'use_reentrant': False}, or leave checkpointing off."
+                must = "must see again the noise of the forward pass that is repeated"
+                raise RunError.of([Fault(self._where, must, do=do)], self._signer)
+            return self._drawn.pop()
+        (step, turn, number), now = self.place, self._progress
+        if (now.step, now.turn) != (step, turn):
+            number = 0
+        self.place = now.step, now.turn, number + 1
+        if now.step != self._step:
+            self._step = now.step
+            self._drawn.clear()
+        drawn = make(number)
+        if torch.is_grad_enabled():
+            self._drawn.append(drawn)
+        return drawn
+
+
+def _draws(model: nn.Module) -> Iterator[Draws[Any]]:
+    for module in model.modules():
+        for owner in (module, *(getattr(hook, "__self__", None) for hook in module._forward_hooks.values())):
+            draws = getattr(owner, "draws", None)
+            if isinstance(draws, Draws):
+                yield draws
+
+
+def process() -> int:
+    """The number of this process among those that train together, for streams that each draws for its own rows; 0 alone."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from luthier.core.closure import Closure
+from luthier.core.seeds import derive, remembered, reseed
 from luthier.errors import ConflictError, Fault
 from luthier.run import Run
 
@@ -89,7 +90,19 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
             if not replaced:
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
                 return loss
-            return run.offer(Closure(model, run.loss, [self._prepare_inputs(inputs)]))
+            model.train()
+            run.train()
+
+            def before(number: int) -> None:  # as often as the step evaluates, with the same dropout
+                run.begin_part(number)
+                seed = derive(run.seed, "dropout", run.progress.step, number, args.process_index)
+                reseed(seed, args.device)
+
+            put_back = remembered([args.device])
+            try:
+                return run.offer(Closure(model, run.loss, [self._prepare_inputs(inputs)], before=before))
+            finally:
+                put_back()
 
     return Parts(RunTrainer, (run.optimizer, run.schedule), [_Keeper(run)])
 

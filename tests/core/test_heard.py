@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from luthier.core.heard import heard
+from luthier.core.heard import answered, aside, heard, logits
 from tests.tiny import tiny
 
 
@@ -35,3 +35,24 @@ def test_the_hook_is_gone_when_the_pass_fails():
     except RuntimeError:
         pass
     assert not model._forward_hooks
+
+
+def test_a_pass_that_is_made_aside_is_heard_only_by_who_listens_from_inside():
+    model = nn.Linear(1, 1)
+    with heard(model) as outer, heard(model) as other:
+        model(torch.zeros(1, 1))
+        with aside(model), heard(model) as inner:
+            model(torch.ones(1, 1))
+            with aside(model):
+                model(torch.ones(1, 1))
+            model(torch.ones(1, 1))
+        model(torch.zeros(1, 1))
+    assert [len(outer), len(other), len(inner)] == [2, 2, 2]
+
+
+def test_whole_outputs_are_answered():
+    model, tokens = tiny("bert"), torch.tensor([[3, 4, 5]])
+    with answered(model) as outs:
+        out = model(input_ids=tokens, labels=torch.tensor([1]))
+    assert outs[0].loss is out.loss
+    assert logits(outs[0]) is out.logits

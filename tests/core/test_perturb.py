@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from luthier.core.context import Progress
 from luthier.core.perturb import (
+    Draws,
     afresh,
     copied,
     embeddings,
@@ -204,6 +206,42 @@ def test_remembering_the_noise_does_not_move_it() -> None:
     before = torch.get_rng_state()
     rewinder(tiny("bert"))()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Counts(nn.Module):
+    """Gives the number of its draw, as a module of its own or as a hook on another."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.draws: Draws[int] = Draws(progress, signer="counts", where="here")
+
+    def forward(self, *given: Any) -> int:
+        return self.draws.next(lambda number: number)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["a module", "a hook"])
+def test_noise_with_a_stream_of_its_own_is_rewound_and_begins_anew_in_each_evaluation(hooked: bool) -> None:
+    progress = Progress(9)
+    model: nn.Module = Counts(progress)
+    if hooked:
+        model, owner = nn.Identity(), model
+        model.register_forward_hook(owner.forward)
+    with torch.no_grad():
+        early = rewinder(model)  # before the first draw
+        assert [model(0), model(0)] == [0, 1]
+        rewind = rewinder(model)
+        assert [model(0), model(0)] == [2, 3]
+        rewind()
+        assert [model(0), model(0)] == [2, 3]
+        early()
+        assert model(0) == 0
+        progress.turn += 1
+        late = rewinder(model)  # it has not yet seen this evaluation
+        assert [model(0), model(0)] == [0, 1]
+        late()
+        assert model(0) == 0
+        progress.step += 1
+        assert model(0) == 0
 
 
 def test_lent_weights_are_given_back_and_their_gradients_are_untouched() -> None:

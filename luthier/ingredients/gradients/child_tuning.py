@@ -5,7 +5,8 @@ Source: Xu, Luo, Zhang, Tan, Chang, Huang, Huang, EMNLP 2021 (arXiv:2109.05687),
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,16 +31,21 @@ def drawn(like: Tensor, p: float, draw: torch.Generator) -> Tensor:
     return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(p, generator=draw)
 
 
-def fisher(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], loss: LossFn) -> dict[str, Tensor]:
+def fisher(
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Sequence[Mapping[str, Any]]], loss: LossFn
+) -> dict[str, Tensor]:
     """The diagonal of the empirical Fisher information: F = mean over ``batches`` of (d loss / d w)^2, in eval mode.
 
     Args:
         model: gets no ``.grad``; its modes, and which of its weights require gradients, are afterwards as they were.
         weights: those of its weights that are asked about, by name.
-        batches: of one row each for the paper's F; of many for that of the authors' code, which squares the mean gradient.
-        loss: (model, batch) -> -log p(y | x), mean over the batch's rows, nats, shape ().
+        batches: of one row each for the paper's F; of many for that of the authors' code, which squares the mean gradient. Each in the
+            parts that go through the model at once.
+        loss: (model, part) -> -log p(y | x), mean over the part's rows, nats, shape ().
     Returns:
         single precision, by name, each the shape of its weight; zero for a weight that the loss does not read.
+    Raises:
+        RecipeError: there is no batch.
     Source: Child-Tuning-D, F(w) = 1/|D| sum_j (d log p(y_j | x_j; w) / d w)^2.
     Differs: the authors' code looks in training mode, and clips each tensor's gradient to norm 1 first.
     """
@@ -51,20 +57,37 @@ def fisher(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[An
         for asked in weights.values():
             asked.requires_grad_(True)
         with paused(model):
-            for batch in batches:
+            for parts in batches:
                 count += 1
-                gradients = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
-                for value, gradient in zip(total.values(), gradients, strict=True):
-                    value.add_(0.0 if gradient is None else gradient.float().square())
+                rows, mean = sum(len(part["labels"]) for part in parts), dict[str, Tensor]()
+                for part in parts:
+                    told = loss(model, part) * (len(part["labels"]) / rows)
+                    gradients = torch.autograd.grad(told, list(weights.values()), allow_unused=True)
+                    for name, gradient in zip(weights, gradients, strict=True):
+                        if gradient is not None:
+                            mean[name] = mean[name] + gradient if name in mean else gradient
+                for name, gradient in mean.items():
+                    total[name].add_(gradient.float().square())
     finally:
         for weight, learned in learns:
             weight.requires_grad_(learned)
-    return {name: value.div_(max(1, count)) for name, value in total.items()}
+    if not count:
+        must, do = "needs training rows to look at", "Give begin(..., sample=batches)."
+        raise RecipeError.of([Fault("child_tuning", must, do=do)], "child_tuning")
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 def cut(batches: Iterable[Mapping[str, Any]], rows: int, *, single: bool) -> Iterator[dict[str, Any]]:
-    """The first ``rows`` rows of ``batches``, batch by batch or one by one; tensors without a row for each label stay whole."""
+    """The first ``rows`` rows of ``batches``, batch by batch or one by one; tensors without a row for each label stay whole.
+
+    Raises:
+        RecipeError: a batch without labels.
+    """
     for batch in batches:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            got = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            must = "needs batches that are mappings with the targets under 'labels'"
+            raise RecipeError.of([Fault("begin(..., sample=)", must, got)], "child_tuning")
         size = len(batch["labels"])
         taken = min(size, rows)
         step = 1 if single else max(1, taken)
@@ -90,8 +113,8 @@ class ChildTuning(Ingredient):
         mode: ``free`` is F, ``data`` is D.
         p: share of the weights that is kept; at 1 nothing changes.
         where: selectors of the weights; all others learn as usual.
-        rows: rows of the training data that D looks at before the stage.
-        fisher: ``row`` squares the gradient of each row, as the paper's equation; ``batch`` that of each batch, as its code.
+        rows: rows of the training data that D looks at before the stage, drawn from them.
+        fisher: ``row`` squares the gradient of each row, as the paper's equation; ``batch`` that of each ``batch_size`` rows, as its code.
         strict: what the mask leaves out stands still, bit for bit; otherwise momentum and weight decay move it.
     Differs: F masks the blocks by default, the authors' code all weights with the head; D looks at ``rows`` rows in eval mode,
         theirs at all under dropout; strict is ours.
@@ -116,14 +139,14 @@ class ChildTuning(Ingredient):
         others = {canonical(part.name) for part in ctx.anatomy.parts} - chosen  # in neither is what LoRA put in since
         weights = {name: weight for name, weight in model.named_parameters() if canonical(name) not in others}
         weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
-        first = next(iter(ctx.sample), None)
-        if first is None:
-            must, do = "needs training rows to look at", "Give begin(..., sample=batches)."
-            raise RecipeError.of([Fault("child_tuning", must, do=do)], "child_tuning")
-        if first["labels"].device != next(model.parameters()).device:
-            model.to(first["labels"].device)  # where the stage's steps are made in any case
+        single = self.fisher == "row"
+        pieces = cut(ctx.sample, self.rows, single=single)
+        first = list(islice(pieces, 1))
+        if first and first[0]["labels"].device != next(model.parameters()).device:
+            model.to(first[0]["labels"].device)  # where the stage's steps are made in any case
+        pieces, parts = chain(first, pieces), 1 if single else getattr(ctx.sample, "parts", 1)
         with borrowed(ctx.seed_of("fisher")):
-            found = fisher(model, weights, cut(ctx.sample, self.rows, single=self.fisher == "row"), ctx.loss)
+            found = fisher(model, weights, iter(lambda: list(islice(pieces, parts)), []), ctx.loss)
         odd = [Fault(name, "must have finite gradients") for name, value in found.items() if not value.isfinite().all()]
         if odd:
             raise RunError.of(odd, "child_tuning")
@@ -139,18 +162,25 @@ class ChildTuning(Ingredient):
                 return drawn(gradient, p, ctx.rng(name, device=gradient.device))
 
             return masked(inner, chosen, anew, factor=1.0 / p, strict=self.strict)
-        found = ctx.keep("fisher", Tensors)  # of all at ``where``; which of them learn is known only here
-        pairs = [pair for group in inner.param_groups for pair in zip(group["names"], group["params"], strict=True)]
-        learning = {name: found[name].to(weight.device) for name, weight in pairs if name in chosen}
-        count = max(1, round(p * sum(value.numel() for value in learning.values())))
-        masks = ctx.keep("masks", lambda: Tensors(largest(learning, count)))
-        found.clear()
+
+        def once() -> Tensors:
+            found = ctx.keep("fisher", Tensors)  # of all at ``where``; which of them learn is known only here
+            pairs = [pair for group in inner.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+            learning = {name: found[name].to(weight.device) for name, weight in pairs if name in chosen}
+            found.clear()
+            return Tensors(largest(learning, max(1, round(p * sum(value.numel() for value in learning.values())))))
+
+        masks = ctx.keep("masks", once)
         return masked(inner, masks.keys(), lambda name, gradient: masks[name], strict=self.strict)
 
     def state_bytes(self, table: ParamTable) -> int:
-        """The masks, and with ``strict`` a copy of the weights; or F and one gradient before the stage, where that is more."""
+        """The masks, and with ``strict`` a copy of the weights; or before the stage F and the gradient, where that is more.
+
+        With ``batch`` two of it, as a batch may come in parts.
+        """
         chosen = table.select(self.where)
         rows = [row for row in table.rows if row.name in chosen and self.p < 1.0]
-        before = sum(4 * row.part.numel + row.part.bytes for row in rows) if self.mode == "data" else 0
+        slopes = 1 + (self.fisher == "batch")
+        before = sum(4 * row.part.numel + slopes * row.part.bytes for row in rows) if self.mode == "data" else 0
         during = sum(row.part.numel + self.strict * row.part.bytes for row in rows if row.trainable)
         return max(before, during)

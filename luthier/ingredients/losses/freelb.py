@@ -15,7 +15,7 @@ from luthier.core.claims import Claim, Place, needs, wraps
 from luthier.core.closure import LossFn
 from luthier.core.context import Context
 from luthier.core.ingredient import Ingredient, ingredient
-from luthier.core.perturb import afresh, embeddings, perturbed, rewinder, slope, zeros
+from luthier.core.perturb import afresh, embeddings, perturbed, process, rewinder, slope, zeros
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -95,7 +95,7 @@ class FreeLB(Ingredient):
             wanted = torch.is_grad_enabled()
             rows, rewind = afresh(model, batch), rewinder(model)
             zero, mask = zeros(model, batch)
-            draw = ctx.rng("start", ctx.progress.part, device=zero.device)
+            draw = ctx.rng("start", ctx.progress.part, process(), device=zero.device)
             delta = held(begun(zero, mask, start=self.start, draw=draw), self.radius)
             losses = []
             for number in range(self.passes):
@@ -112,6 +112,10 @@ class FreeLB(Ingredient):
             return torch.stack(losses).mean()
 
         return averaged
+
+    def waiting(self, above: int, below: int) -> tuple[int, int]:
+        """All passes wait; those that climb reach down to the embeddings."""
+        return (above, below) if self._neutral() else (self.passes * above, (self.passes - 1) * above + below)
 
     def _neutral(self) -> bool:
         """Whether every perturbation is zero."""

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.core.claims import Claim, Place, wraps
 from luthier.core.closure import LossFn
 from luthier.core.context import Context
-from luthier.core.heard import heard
+from luthier.core.heard import answered, logits
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.table import ParamTable
 from luthier.errors import Fault, ModelError
@@ -40,6 +41,25 @@ def uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     return each[labels.to(each.device) != _IGNORED].mean()
 
 
+def moved(labels: Tensor) -> Tensor:
+    """The labels that logits are compared with where each token's predict the next one: shape (rows, length); the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+
+
+def apart(logits: Tensor, labels: Tensor, loss: Tensor) -> tuple[float, float]:
+    """How far ``loss`` is from the cross-entropy against the labels as they are, and against the moved ones, in nats.
+
+    Args:
+        logits: shape (rows, length, k), float.
+        labels: shape (rows, length), class numbers or -100.
+        loss: shape ().
+    """
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    found = [F.cross_entropy(wide, one.to(wide.device).flatten()) for one in (labels, moved(labels))]
+    here, ahead = ((one - loss.detach()).abs().nan_to_num(torch.inf).item() for one in found)
+    return here, ahead
+
+
 @ingredient
 class LabelSmoothing(Ingredient):
     """The loss becomes (1 - eps) H(q, p) + eps H(u, p), H(u, p) being the cross-entropy against all classes alike.
@@ -49,7 +69,8 @@ class LabelSmoothing(Ingredient):
     Args:
         eps: the share of the target that is spread; 0 changes nothing.
     Differs: nothing over cross-entropy. Over a loss with more in it (a penalty that was written before) all of that
-        loss is weighted by 1 - eps. Where a loss makes several forward passes, the logits of the last count.
+        loss is weighted by 1 - eps. Where a loss makes several forward passes, the logits of the last count. Where there is
+        a label for each token, the first loss is compared with the cross-entropy to see which token each is for.
     """
 
     eps: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -73,25 +94,48 @@ class LabelSmoothing(Ingredient):
         if not self.eps:
             return inner
 
+        moves: list[bool] = []  # whether logits are compared with the next token's label, once that is known
+
         def smoothed(model: nn.Module, batch: Any) -> Tensor:
-            with heard(model) as logits:
+            with answered(model) as outs:
                 value = inner(model, batch)
+            scores = _told(outs)
             labels = batch.get("labels") if hasattr(batch, "get") else None
-            return (1.0 - self.eps) * value + self.eps * uniform(_told(logits), labels)
+            if isinstance(labels, Tensor) and scores.dim() == 3 and labels.shape == scores.shape[:-1]:
+                if not moves:
+                    moves.extend(_moves(scores, labels, getattr(outs[-1], "loss", None), value))
+                labels = moved(labels) if moves and moves[0] else labels
+            return (1.0 - self.eps) * value + self.eps * uniform(scores, labels)
 
         return smoothed
 
 
-def _told(logits: Sequence[Tensor]) -> Tensor:
+def _told(outs: Sequence[Any]) -> Tensor:
     """The logits of the last forward pass.
 
     Raises:
         ModelError: they are no scores of classes.
     """
-    if not logits or logits[-1].dim() < 2 or logits[-1].shape[-1] < 2:
-        got = f"logits of shape {tuple(logits[-1].shape)}" if logits else "a loss without a forward pass"
+    found = logits(outs[-1]) if outs else None
+    if found is None or found.dim() < 2 or found.shape[-1] < 2:
+        got = "a loss without a forward pass" if found is None else f"logits of shape {tuple(found.shape)}"
         raise ModelError.of([_classless("the model", got)], "label_smoothing")
-    return logits[-1]
+    return found
+
+
+def _moves(scores: Tensor, labels: Tensor, own: Tensor | None, value: Tensor) -> list[bool]:
+    """Whether the model's own loss, or else the loss, is that of the next token's labels; empty where this batch does not tell.
+
+    Raises:
+        ModelError: it is neither that nor that of the labels as they are.
+    """
+    loss = value if own is None else own
+    here, ahead = apart(scores, labels, loss)
+    if min(here, ahead) > 1e-4 + 0.01 * abs(loss.item()):  # half precision is worse than single, and better than that
+        must = "must be the mean cross-entropy over tokens, which shows whether each is compared with its label or the next"
+        do = "Write label_smoothing before what adds to the loss, or drop it."
+        raise ModelError.of([Fault("the loss", must, f"{value.item():.4g}", do)], "label_smoothing")
+    return [ahead < here] if max(here, ahead) > 3 * min(here, ahead) else []
 
 
 def _classless(where: str, got: str) -> Fault:

@@ -77,3 +77,6 @@ class RDrop(Ingredient):
             return (one + other) / 2 + self.alpha * disagreement(first[0], second[0])
 
         return twice
+
+    def waiting(self, above: int, below: int) -> tuple[int, int]:
+        return (2 * above, 2 * below) if self.alpha else (above, below)

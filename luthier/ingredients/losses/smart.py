@@ -16,10 +16,22 @@ from torch.optim import Optimizer
 from luthier.core.claims import Claim, Place, needs, wraps
 from luthier.core.closure import LossFn
 from luthier.core.context import Context, Tensors
-from luthier.core.heard import heard
+from luthier.core.heard import aside, heard
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.modes import paused
-from luthier.core.perturb import afresh, copied, embeddings, lent, named, perturbed, rewinder, slope, uncompiled, zeros
+from luthier.core.perturb import (
+    afresh,
+    copied,
+    embeddings,
+    lent,
+    named,
+    perturbed,
+    process,
+    rewinder,
+    slope,
+    uncompiled,
+    zeros,
+)
 from luthier.core.table import ParamTable
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -48,7 +60,8 @@ def climbed(delta: Tensor, gradient: Tensor, *, step: float, radius: float) -> T
         delta, gradient: shape (rows, length, width).
         step, radius: in the unit of the embeddings. A token without a gradient stays where it is.
     Source: algorithm 1; the largest entry is a token's own, as in the authors' code.
-    Differs: that code steps from zero and not from the start, adds 1e-6 to the divisor, and has no box.
+    Differs: that code, as of 28 April to 26 August 2020, steps from zero and not from the start, adds 1e-6 to the divisor,
+        and has no box. Since then it divides start + step g by its largest entry, which is then about 1 for any step.
     """
     largest = gradient.abs().amax(-1, keepdim=True)
     direction = gradient / largest.where(largest > 0, torch.ones_like(largest))
@@ -69,19 +82,21 @@ class SMART(Ingredient):
 
     Args:
         strength: lambda, of the smoothness. At 0, or with ``radius`` 0, delta is not looked for.
-        step: eta, how far the largest entry of a token climbs, in the unit of the embeddings.
-        sigma: standard deviation of the start.
+        step: eta, how far the largest entry of a token climbs, in the unit of the word embeddings. The default is ours, 0.18
+            of the root mean square of MiniLM's (0.056); other families have another unit, and so another value.
+        sigma: standard deviation of the start, as in the authors' code.
         radius: epsilon; no entry of delta is larger.
         pull: mu, of the pull to the teacher. At 0 there is no teacher.
         beta: share of the teacher that stays at each step.
     Differs: the authors' code draws new dropout masks for the perturbed pass, so that its difference is also dropout's,
-        and does not differentiate the side of a divergence that it calls the target. ``beta`` is one number for the stage.
+        and does not differentiate the side of a divergence that it calls the target. Its values of ``step`` (1e-3, later
+        1e-5) mean something else: see ``climbed`` and the card. ``beta`` is one number for the stage.
     """
 
     strength: Positive = 1.0
-    step: Positive = 1e-3
+    step: Positive = 1e-2
     sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
-    radius: Positive = 1e-3
+    radius: Positive = 1e-2
     pull: Positive = 0.0
     beta: Annotated[float, Field(ge=0, le=1)] = 0.99
 
@@ -101,7 +116,7 @@ class SMART(Ingredient):
         def smooth(model: nn.Module, batch: Any) -> Tensor:
             if self.pull:
                 lend = lent(model, ctx.keep("teacher", Tensors))
-                with torch.no_grad(), paused(model), lend, heard(model) as before:
+                with torch.no_grad(), paused(model), lend, aside(model), heard(model) as before:
                     inner(model, batch)
             rows, rewind = afresh(model, batch) if smooths else batch, rewinder(model)
             with uncompiled(model), heard(model) as clean:
@@ -126,7 +141,7 @@ class SMART(Ingredient):
         if clean.dtype in (torch.float16, torch.bfloat16):
             ctx.note("smart's start is lost in half precision and its direction is chance: raise sigma, or use fp32.")
         delta, mask = zeros(model, batch)
-        draw = ctx.rng("start", ctx.progress.part, device=delta.device)
+        draw = ctx.rng("start", ctx.progress.part, process(), device=delta.device)
         delta.normal_(0.0, self.sigma, generator=draw).mul_(mask).requires_grad_()
         rewind()
         with torch.enable_grad(), perturbed(model, delta), heard(model) as moved:
@@ -146,6 +161,10 @@ class SMART(Ingredient):
 
         inner.register_step_post_hook(follow)
         return inner
+
+    def waiting(self, above: int, below: int) -> tuple[int, int]:
+        """The clean pass waits beside the one that climbs, which reaches down to the embeddings."""
+        return (2 * above, above + below) if self.strength and self.radius else (above, below)
 
     def state_bytes(self, table: ParamTable) -> int:
         return sum(4 * row.part.numel for row in table.rows if row.trainable) if self.pull else 0

@@ -114,7 +114,7 @@ class EMoE(Ingredient):
     Args:
         experts: groups of equal size; must divide the hidden units of the layer.
         k: experts that a token uses; all of them are the dense layer, bit for bit.
-        where: selectors; each block of which they name a weight is split.
+        where: selectors; each block of which they name a weight is split, so they must name all matrices of its feed-forward layer.
     """
 
     experts: Annotated[int, Field(ge=1)] = 64
@@ -134,7 +134,11 @@ class EMoE(Ingredient):
         blocks = [one for one in ctx.anatomy.block_names if any(name.startswith(f"{one}.") for name in named)]
         if not blocks:
             raise RecipeError.of([Fault("emoe.where", "must name blocks", ", ".join(self.where))], "emoe")
-        layers = [_layer(model, block) for block in blocks]
+        layers, matrices = zip(*(_layer(model, block) for block in blocks), strict=True)
+        missed = [one for names in matrices for one in names if f"{one}.weight" not in named]
+        if missed:
+            must, do = "must name all matrices of the layers that it splits", "Name whole blocks, such as block:-2."
+            raise RecipeError.of([Fault("emoe.where", must, f"no {', '.join(missed)}", do)], "emoe")
         faults = [_uneven(name, len(keys), self.experts) for name, *_, keys in layers if len(keys) % self.experts]
         if faults:
             raise RecipeError.of(faults, "emoe")
@@ -154,13 +158,20 @@ class EMoE(Ingredient):
             ctx.note("emoe: the model is dense again; scores made during the stage are those of the split layers")
 
 
-def _layer(model: nn.Module, block: str) -> Layer:
-    """The feed-forward layer of a block, told by the shapes of the linear layers outside the attention.
+def _layer(model: nn.Module, block: str) -> tuple[Layer, list[str]]:
+    """The feed-forward layer of a block, told by the shapes of the linear layers outside the attention; names of all its linear layers.
 
     Raises:
-        ModelError: no such pair, more than one, or weights that are no floats.
+        ModelError: no such pair, more than one, weights that are no floats, or experts that are there already.
     """
     inside, attention = model.get_submodule(block), tuple[str, ...]()
+    names = (name for name, _ in [*inside.named_modules(), *inside.named_parameters()])
+    own = next((name for name in names if "experts" in name.split(".")), None)
+    if own:
+        must, got = "must name blocks without experts of their own", f"{block} with {own}"
+        raise ModelError.of(
+            [Fault("emoe.where", must, got, "Name other blocks, or drop it for this model.")], "the model"
+        )
     rows: dict[str, Tensor] = {}  # weights as (out, in), by the name in the block
     for name, module in inside.named_modules():
         kind = type(module).__name__.removeprefix("Parametrized")
@@ -181,7 +192,8 @@ def _layer(model: nn.Module, block: str) -> Layer:
         do = "Name other blocks, or drop it for this model: fused gates and quantised weights cannot be split."
         got = f"{block} with {seen or 'none'} outside its attention"
         raise ModelError.of([Fault("emoe.where", must, got, do)], "the model")
-    return f"{block}.{first}", inside.get_submodule(first), inside.get_submodule(last), rows[first]
+    whole = [f"{block}.{name}" for name, w in rows.items() if name == last or w.shape == rows[first].shape]
+    return (f"{block}.{first}", inside.get_submodule(first), inside.get_submodule(last), rows[first]), whole
 
 
 def _uneven(name: str, units: int, experts: int) -> Fault:

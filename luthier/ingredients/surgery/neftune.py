@@ -11,12 +11,13 @@ from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from luthier.core.claims import Claim, Place, needs
 from luthier.core.context import Context
 from luthier.core.ingredient import Ingredient, ingredient
-from luthier.errors import Fault, ModelError, RunError
+from luthier.core.perturb import Draws, process
+from luthier.errors import Fault, ModelError
 
 
 def noised(embedded: Tensor, draw: Tensor, alpha: float, tokens: Tensor | None = None) -> Tensor:
@@ -43,16 +44,13 @@ class Noise:
     """The hooks on a live model: on what looks words up, and on the model itself, to see which tokens are padding.
 
     The noise is drawn from the ingredient's own stream, named by the step, the micro-batch, the process and the number
-    of the look-up in the evaluation: the same evaluation made twice sees the same noise. A look-up that checkpointing
-    repeats in the backward pass gets the noise it had; of several, the last one first, as backward passes go. One that
-    was first made without gradients (``use_reentrant=True``) is refused with a RunError.
+    of the look-up in the evaluation (see ``Draws``).
     """
 
     def __init__(self, alpha: float, model: nn.Module, ctx: Context) -> None:
         self._alpha, self._model, self._ctx = alpha, model, ctx
         self._tokens: Tensor | None = None
-        self._step, self._turn, self._passes = -1, -1, 0
-        self._drawn: list[tuple[int, Tensor | None]] = []  # this step's look-ups that a backward pass may repeat
+        self.draws: Draws[tuple[int, Tensor | None]] = Draws(ctx.progress, signer="neftune", where="the embeddings")
         self._handles = [module.register_forward_hook(self._add) for module in tables(model)]
         self._handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._leave, always_call=True))
@@ -80,31 +78,15 @@ class Noise:
             if self._model.training:
                 self._ctx.note("neftune adds no noise: frozen embeddings are quiet.  Say freeze: {quiet: false}.")
             return None
-        seed, tokens = self._look_up()
+        seed, tokens = self.draws.next(self._named)
         kind = torch.promote_types(embedded.dtype, torch.float32)
         random = torch.Generator(embedded.device).manual_seed(seed)
         draw = torch.empty(embedded.shape, dtype=kind, device=embedded.device).uniform_(-1, 1, generator=random)
         fits = isinstance(tokens, Tensor) and tokens.shape == embedded.shape[:-1]
         return noised(embedded, draw, self._alpha, tokens if fits else None)
 
-    def _look_up(self) -> tuple[int, Tensor | None]:
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, as torch.utils.checkpoint asks it
-            if not self._drawn:
-                do = "Say gradient_checkpointing_kwargs={'use_reentrant': False}, or leave checkpointing off."
-                must = "must see again the noise of the forward pass that is repeated"
-                raise RunError.of([Fault("the embeddings", must, do=do)], "neftune")
-            return self._drawn.pop()
-        progress = self._ctx.progress
-        if progress.step != self._step:
-            self._drawn.clear()
-        if (progress.step, progress.turn) != (self._step, self._turn):
-            self._step, self._turn, self._passes = progress.step, progress.turn, 0
-        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-        drawn = self._ctx.seed_of(progress.part, self._passes, rank), self._tokens
-        self._passes += 1
-        if torch.is_grad_enabled():
-            self._drawn.append(drawn)
-        return drawn
+    def _named(self, number: int) -> tuple[int, Tensor | None]:
+        return self._ctx.seed_of(self._ctx.progress.part, number, process()), self._tokens
 
 
 def tables(model: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from luthier import stages
 from luthier.core.claims import Claim, Place, needs, owns, scales, wraps
 from luthier.core.context import Context
 from luthier.core.groups import groups_of
@@ -29,8 +30,11 @@ from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.mixout import Mixout
+from luthier.job import prepare
+from luthier.placement import Placement
 from luthier.run import Run, begin, own_loss
 from luthier.testing import check_ingredient
+from tests.little import recipe, sentences
 from tests.tiny import FAMILIES, tiny
 
 
@@ -98,8 +102,18 @@ def test_the_fisher_information_of_two_rows_is_the_mean_of_squares_and_of_a_batc
     nn.init.ones_(model.weight)
     rows = {"x": torch.tensor([[1.0], [2.0]]), "labels": torch.tensor([0.0, 1.0])}
     asked = {"weight": model.weight}
-    assert fisher(model, asked, cut([rows], 2, single=True), squared)["weight"].item() == 2.5
-    assert fisher(model, asked, cut([rows], 2, single=False), squared)["weight"].item() == 2.25
+    one, other = cut([rows], 2, single=True)
+    assert fisher(model, asked, [[one], [other]], squared)["weight"].item() == 2.5
+    assert fisher(model, asked, [[rows]], squared)["weight"].item() == 2.25
+
+
+def test_the_parts_of_a_batch_count_by_their_rows_before_the_square_is_taken() -> None:
+    # Errors 1, 1, 1 at x = 1, 2, 6: gradients 1, 2, 6, whose mean is 3. By part 1.5 and 6: 2/3 x 1.5 + 1/3 x 6 = 3, and 9 its square.
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    two = {"x": torch.tensor([[1.0], [2.0]]), "labels": torch.tensor([0.0, 1.0])}
+    one = {"x": torch.tensor([[6.0]]), "labels": torch.tensor([5.0])}
+    assert fisher(model, {"weight": model.weight}, [[two, one]], squared)["weight"].item() == pytest.approx(9.0)
 
 
 def test_the_largest_are_taken_over_all_tensors_together() -> None:
@@ -204,7 +218,7 @@ def test_looking_at_the_data_leaves_no_trace() -> None:
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     flags, state = [weight.requires_grad for weight in model.parameters()], torch.random.get_rng_state()
     rows = {"x": torch.arange(12.0).reshape(4, 3), "labels": torch.ones(4)}
-    found = fisher(model, {"bias": model.norm.bias}, [rows], squared)
+    found = fisher(model, {"bias": model.norm.bias}, [[rows]], squared)
     assert found["bias"].abs().sum() > 0  # a weight that is frozen now may learn in the stage
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
@@ -274,8 +288,7 @@ def test_f_gives_the_clipped_gradient_over_p_where_it_gives_any() -> None:
     [ChildTuning(), ChildTuning(fisher="batch", strict=False), ChildTuning(mode="free"), ChildTuning("free", 0.9)],
 )
 def test_it_keeps_the_contract(one: ChildTuning) -> None:
-    # The contract's probe has weights that are not the model's, which a selector does not choose.
-    check_ingredient(one, unobservable=[Place.GRADIENT])
+    check_ingredient(one)
 
 
 def test_it_claims_the_gradient_at_its_weights_and_data_only_where_it_looks_at_some() -> None:
@@ -316,19 +329,79 @@ def test_bad_values_are_refused(bad: dict[str, Any]) -> None:
 def test_d_without_rows_and_with_gradients_that_are_not_numbers_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs training rows"):
         begin(tiny("bert"), [ChildTuning()], steps=1)
+    with pytest.raises(RecipeError, match="needs training rows"):
+        fisher(tiny("bert"), {}, [], own_loss)
     with pytest.raises(RunError, match="finite"):
         begin(
             tiny("bert"), [ChildTuning()], steps=1, sample=SAMPLE, loss=lambda model, rows: own_loss(model, rows) * float("inf")
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [{"x": torch.ones(2), "y": torch.ones(2)}, (torch.ones(2), torch.ones(2))])
+def test_batches_without_labels_are_refused(rows: Any) -> None:
+    with pytest.raises(RecipeError, match=r"under 'labels'; got (x, y|tuple)\."):
+        begin(tiny("bert"), [ChildTuning()], steps=1, sample=[rows])
+
+
+def test_a_sample_that_can_be_asked_only_once_is_looked_at_whole() -> None:
+    whole = masks(begin(tiny("bert"), [ChildTuning()], steps=1, sample=SAMPLE))
+    once = masks(begin(tiny("bert"), [ChildTuning()], steps=1, sample=iter(SAMPLE)))
+    assert all(torch.equal(mask, once[name]) for name, mask in whole.items())
+
+
 def test_it_says_what_it_keeps_in_memory() -> None:
-    # The head has 16 x 3 + 3 = 51 weights of 4 bytes. A mask is 1 byte each, the copy 4; F and a gradient before the stage 8.
+    # The head has 16 x 3 + 3 = 51 weights of 4 bytes. A mask is 1 byte each, the copy 4; F and a gradient before the stage 8, and
+    # with a second gradient, of a batch's parts so far, 12.
     table = begin(tiny("bert"), [], steps=1).plan.table
     assert ChildTuning("free", where=("head",)).state_bytes(table) == 51 * 5
     assert ChildTuning("free", where=("head",), strict=False).state_bytes(table) == 51
     assert ChildTuning("data", where=("head",)).state_bytes(table) == 51 * 8
+    assert ChildTuning("data", where=("head",), fisher="batch").state_bytes(table) == 51 * 12
     assert ChildTuning("data", p=1.0).state_bytes(table) == 0
+
+
+# In a recipe
+
+
+def chosen(tiny_model: Any, rows: Any, **stage: Any) -> dict[str, Tensor]:
+    """The masks that a stage of a recipe chooses by 32 rows."""
+    made = recipe([{"child_tuning": {"rows": 32, **stage.pop("child", {})}}], batch_size=8, **stage)
+    job = prepare(made, model=tiny_model, data_source=rows)
+    run, _ = stages.attach(job, job.plan.stages[0], job.loaded.model, Placement())
+    return {name: mask.clone() for name, mask in run.state_dict()["shelf"]["finetune/child_tuning/masks"].items()}
+
+
+def sorted_rows() -> dict[str, Any]:
+    rows = sentences(100)
+    return {"train": rows[:80].sort_values("label"), "validation": rows[80:90], "test": rows[90:]}
+
+
+def test_the_rows_that_are_looked_at_are_of_all_classes_though_the_file_is_sorted(tiny_model: Any) -> None:
+    job = prepare(recipe(["adamw"]), model=tiny_model, data_source=sorted_rows())
+    sample = stages.Sample(job, 16, 16, torch.device("cpu"))
+    first = next(iter(sample))
+    # Of 40 and 40 rows, 16 drawn: 8 expected of each, standard deviation 1.8.
+    assert 3 <= int(first["labels"].sum()) <= 13
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(sample, sample, strict=True))
+    assert sorted(torch.cat([rows["labels"] for rows in sample]).tolist()) == [0] * 40 + [1] * 40
+
+
+def test_micro_batches_are_the_same_rows_of_the_same_steps(tiny_model: Any) -> None:
+    job = prepare(recipe(["adamw"]), model=tiny_model, data_source=sorted_rows())
+    whole, parts = (stages.Sample(job, 16, most, torch.device("cpu")) for most in (16, 5))
+    assert (whole.parts, parts.parts) == (1, 4)
+    assert [len(rows["labels"]) for rows in parts][:5] == [5, 5, 5, 1, 5]
+    assert torch.equal(*(torch.cat([rows["labels"] for rows in one]) for one in (whole, parts)))
+
+
+@pytest.mark.parametrize("by", ["row", "batch"])
+def test_micro_batches_do_not_change_what_is_chosen(tiny_model: Any, by: str) -> None:
+    whole = chosen(tiny_model, sorted_rows(), child={"fisher": by})
+    parts = chosen(tiny_model, sorted_rows(), child={"fisher": by}, micro_batch=3)
+    total = sum(int(mask.sum()) for mask in whole.values())
+    different = sum(int((mask & ~parts[name]).sum()) for name, mask in whole.items())
+    # Sums in another order, so near the threshold a few may change places; squaring each part's gradient changes hundreds.
+    assert different <= total // 500
 
 
 # It matters

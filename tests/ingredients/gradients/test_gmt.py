@@ -1,4 +1,4 @@
-"""gmt: exactly the largest entries of each tensor's accumulated gradient, whatever the micro-batches, and nothing else moves."""
+"""gmt: the largest entries of each tensor's accumulated gradient, whatever the micro-batches, and nothing else moves."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from luthier.ingredients.gradients.clip import Clip
 from luthier.ingredients.gradients.gmt import GMT, largest
 from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.optimizers.prior_decay import PriorDecay
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
@@ -83,6 +84,13 @@ def test_the_share_is_taken_of_each_tensor_and_never_less_than_one_entry() -> No
     assert largest(torch.zeros(0), 0.3).tolist() == []
 
 
+def test_entries_without_a_gradient_are_not_kept_though_the_share_is_larger() -> None:
+    # round(0.5 x 6) = 3, but only two have a gradient; of four that have one, three are kept.
+    assert largest(torch.tensor([0.0, 2.0, -0.0, 0.0, -1.0, 0.0]), 0.5).int().tolist() == [0, 1, 0, 0, 1, 0]
+    assert largest(torch.tensor([[0.0, 2.0, 3.0], [-4.0, 1.0, 0.0]]), 0.5).int().tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert not largest(torch.zeros(2, 3), 0.5).any()
+
+
 def test_a_step_at_rate_one_moves_by_minus_what_is_kept() -> None:
     weight = nn.Parameter(torch.zeros(4))
     optimizer = SGD([{"params": [weight], "names": ("w",)}], lr=1.0)
@@ -107,11 +115,14 @@ def test_a_ratio_of_one_changes_nothing_bit_for_bit() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]), min_size=1, max_size=30), st.floats(0.01, 1.0))
-def test_exactly_k_entries_are_kept_none_smaller_than_one_that_is_not(values: list[float], ratio: float) -> None:
+def test_k_entries_with_a_gradient_are_kept_or_all_none_smaller_than_one_that_is_not(
+    values: list[float], ratio: float
+) -> None:
     gradient = torch.tensor(values)
     mask = largest(gradient, ratio)
-    assert int(mask.sum()) == max(1, round(ratio * len(values)))
-    if not mask.all():
+    assert int(mask.sum()) == min(max(1, round(ratio * len(values))), int(gradient.count_nonzero()))
+    assert gradient[mask].all()
+    if mask.any() and not mask.all():
         assert gradient[mask].abs().min() >= gradient[~mask].abs().max()
 
 
@@ -160,9 +171,8 @@ def test_without_ties_it_is_the_papers_threshold_on_the_clipped_gradient() -> No
 
 
 def test_it_keeps_the_contract() -> None:
-    # The contract's probe has weights that are not the model's, which a selector does not choose.
-    check_ingredient(GMT(), unobservable=[Place.GRADIENT])
-    check_ingredient(GMT(keep_ratio=0.5, where=("blocks",), strict=False), unobservable=[Place.GRADIENT])
+    check_ingredient(GMT())
+    check_ingredient(GMT(keep_ratio=0.5, where=("blocks",), strict=False))
 
 
 def test_it_owns_the_gradient_at_its_weights_and_needs_them_whole() -> None:
@@ -180,6 +190,17 @@ def test_two_masks_on_one_weight_are_refused_and_on_two_are_not() -> None:
 def test_an_optimizer_without_gradients_is_refused() -> None:
     with pytest.raises(ConflictError, match="gmt edits the gradient, which mezo does away with"):
         begin(tiny("bert"), [GMT(), MeZO()], steps=1)
+
+
+def test_weights_that_are_not_there_are_told_once_and_frozen_ones_as_frozen() -> None:
+    with pytest.raises(RecipeError, match="matches no weight with 'block'") as caught:
+        begin(tiny("bert"), [GMT(where=("block",))], steps=1)
+    assert len(caught.value.faults) == 1
+    with pytest.raises(
+        RecipeError, match="must edit weights that learn in this stage; got embeddings, all frozen"
+    ) as caught:
+        begin(tiny("bert"), [GMT(where=("embeddings",)), Freeze(keep=("head",))], steps=1)
+    assert len(caught.value.faults) == 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.1, float("nan")])
@@ -231,6 +252,58 @@ def test_strict_entries_stand_still_under_momentum_and_decay_which_move_them_oth
     # 26 = round(0.1 x 256) entries a step; without strict the decay alone moves all 256.
     assert moves(True) == [26, 26, 26]
     assert moves(False) == [256, 256, 256]
+
+
+def test_strict_embeddings_of_tokens_that_a_step_does_not_read_stand_still() -> None:
+    # Batches of 8 rows have 48 tokens, so at most 48 of 64 rows of the table have a gradient; 16 x 64 x 0.9 = 922 entries would.
+    model = tiny("bert")
+    run = begin(model, [GMT(keep_ratio=0.9), AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=3)
+    table = model.get_input_embeddings().weight
+    for number in range(3):
+        before, read = table.detach().clone(), set(batch(number)["input_ids"].flatten().tolist())
+        run.offer(run.closure(batch(number)))
+        run.step()
+        assert {at for at in range(64) if not torch.equal(table[at], before[at])} == read
+
+
+@pytest.mark.parametrize("mask", [GMT(keep_ratio=0.2, where=("blocks",)), ChildTuning(mode="free", p=0.2)])
+def test_strict_weights_stand_still_under_prior_decay_wherever_it_is_written(mask: Ingredient) -> None:
+    ends = []
+    for order in ([PriorDecay(weight_decay=5.0), mask], [mask, PriorDecay(weight_decay=5.0)]):
+        model, name = tiny("bert"), "bert.encoder.layer.1.output.dense.weight"
+        run = begin(model, order, learning_rate=1e-2, steps=3)
+        for number in range(3):
+            before = weights(model)[name]
+            run.offer(run.closure(batch(number)))
+            run.step()
+            share = (weights(model)[name] != before).float().mean().item()
+            assert share == pytest.approx(0.2, abs=0.07)  # 512 entries: F's share has standard deviation .018
+        ends.append(weights(model)[name])
+    assert torch.equal(*ends)
+
+
+def test_strict_undoes_what_any_hook_before_the_step_does_and_the_mask_keeps_its_turn() -> None:
+    # The hook before it sees the whole gradient and moves the weight by 5; the one after it puts 9 into every gradient.
+    weight, seen = nn.Parameter(torch.zeros(4)), []
+
+    def first(*given: Any) -> None:
+        seen.append(weight.grad.tolist())
+        weight.data.add_(5.0)
+
+    def last(*given: Any) -> None:
+        weight.grad.fill_(9.0)
+
+    optimizer = SGD([{"params": [weight], "names": ("w",)}], lr=1.0)
+    optimizer.register_step_pre_hook(first)
+    masked(optimizer, {"w"}, lambda name, gradient: largest(gradient, 0.5))
+    optimizer.register_step_pre_hook(last)
+    for _ in range(2):  # the second time into the same copy
+        with torch.no_grad():
+            weight.zero_()
+        weight.grad = torch.tensor([0.1, -0.5, 0.2, 0.05])
+        optimizer.step()
+        assert weight.tolist() == [0.0, 5.0 - 9.0, 5.0 - 9.0, 0.0]
+    assert seen[0] == pytest.approx([0.1, -0.5, 0.2, 0.05])
 
 
 def test_frozen_weights_and_weights_without_a_gradient_are_left_alone() -> None:

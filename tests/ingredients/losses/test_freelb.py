@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from luthier.core.anatomy import Family
 from luthier.core.claims import Place, needs, wraps
 from luthier.core.context import Context, Progress, Shelf
+from luthier.core.ingredient import Ingredient
 from luthier.errors import ConflictError, ModelError, RecipeError
 from luthier.ingredients.losses.freelb import FreeLB, begun, climbed, held, sizes
 from luthier.ingredients.losses.r_drop import RDrop
 from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.surgery.mixout import Mixout
+from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import begin
 from tests.tiny import FAMILIES, tiny
 
@@ -138,6 +141,19 @@ def test_a_perturbation_that_is_lost_in_rounding_leaves_the_loss_and_what_is_dra
         assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.parametrize("noise", [NEFTune(alpha=20.0), Mixout(p=0.5)], ids=["neftune", "mixout"])
+def test_its_passes_have_the_noise_of_what_has_a_stream_of_its_own(noise: Ingredient) -> None:
+    losses = []
+    for others in ([FreeLB(passes=2, rate=0.0, start=1e-30)], []):
+        run = begin(tiny("bert"), [noise, *others], steps=1)
+        with torch.no_grad():
+            for name, weight in run.model.named_parameters():
+                if "parametrizations" in name:
+                    weight.add_(0.3)  # away from where mixout puts it back
+        losses.append(run.loss(run.forward, batch(0)))
+    assert torch.equal(*losses)
+
+
 # Invariants
 
 
@@ -186,7 +202,7 @@ def test_the_gradient_is_what_the_authors_accumulate() -> None:
     loss.backward()
 
     real = rows["attention_mask"].double()
-    uniform = torch.empty(4, 6, 16, dtype=torch.float64).uniform_(-1, 1, generator=ctx.rng("start", 0))
+    uniform = torch.empty(4, 6, 16, dtype=torch.float64).uniform_(-1, 1, generator=ctx.rng("start", 0, 0))
     delta = uniform * real.unsqueeze(2) * (0.4 / torch.sqrt(real.sum(1) * 16)).view(-1, 1, 1)
     total = 0.0
     for number in range(3):
@@ -283,6 +299,22 @@ def test_the_start_differs_between_steps_and_micro_batches_and_is_the_same_in_th
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
     assert not torch.equal(starts[0], starts[3])
+
+
+def test_each_process_has_a_start_of_its_own() -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = tiny("bert").double()
+    starts = [passes(model, FreeLB())[0]]
+    for rank in (0, 1):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            starts.append(passes(model, FreeLB())[0])
+        finally:
+            dist.destroy_process_group()
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

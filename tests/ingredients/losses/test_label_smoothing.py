@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,9 +19,9 @@ from luthier.core.claims import Place, wraps
 from luthier.core.closure import LossFn
 from luthier.core.context import Context, Progress, Shelf
 from luthier.errors import ModelError, RecipeError
-from luthier.ingredients.losses.label_smoothing import LabelSmoothing, uniform
+from luthier.ingredients.losses.label_smoothing import LabelSmoothing, apart, moved, uniform
 from luthier.run import begin, own_loss
-from tests.tiny import tiny
+from tests.tiny import config, tiny
 
 BATCH = {"input_ids": torch.arange(3, 35).reshape(4, 8), "labels": torch.tensor([0, 1, 2, 0])}
 
@@ -133,6 +135,76 @@ def test_over_the_loss_of_a_real_model_it_is_torchs_own() -> None:
     theirs = F.cross_entropy(logits, BATCH["labels"], label_smoothing=0.3)
     model.eval()
     torch.testing.assert_close(run.loss(run.forward, BATCH), theirs, atol=1e-14, rtol=0)
+
+
+def spoken(name: str) -> nn.Module:
+    made = {
+        "llama": lambda: T.LlamaForCausalLM(config("llama")),
+        "gpt2": lambda: T.GPT2LMHeadModel(config("gpt2")),
+        "masked": lambda: T.BertForMaskedLM(config("bert")),
+        "tokens": lambda: T.BertForTokenClassification(config("bert", labels=64)),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return made[name]()
+
+
+WORDS = torch.randint(3, 64, (4, 8), generator=torch.Generator().manual_seed(0))
+SPOKEN = {"input_ids": WORDS, "labels": torch.where(torch.arange(8) < 5, -100, WORDS)}  # what was asked does not count
+
+
+def theirs(model: nn.Module, eps: float, *, ahead: bool) -> Tensor:
+    with torch.no_grad():
+        logits, labels = model(input_ids=WORDS).logits, SPOKEN["labels"]
+    logits, labels = (logits[:, :-1], labels[:, 1:]) if ahead else (logits, labels)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=eps)
+
+
+@pytest.mark.parametrize(("name", "ahead"), [("llama", True), ("gpt2", True), ("masked", False), ("tokens", False)])
+def test_a_token_is_smoothed_against_the_label_that_the_model_compares_it_with(name: str, ahead: bool) -> None:
+    # Single precision, two orders of the same additions: 1e-6.
+    model = spoken(name)
+    run = begin(model, [LabelSmoothing(eps=0.3)], steps=2)
+    model.eval()
+    for _ in range(2):  # what the first loss told is kept
+        torch.testing.assert_close(run.loss(model, SPOKEN), theirs(model, 0.3, ahead=ahead), atol=0, rtol=1e-6)
+    assert abs(theirs(model, 0.3, ahead=ahead) - theirs(model, 0.3, ahead=not ahead)) > 1e-5
+
+
+def test_a_causal_language_model_in_the_trainer_has_torchs_own_loss(tmp_path: Path) -> None:
+    from luthier.hosts import hf
+
+    model = spoken("llama")
+    run = begin(model, [LabelSmoothing(eps=0.3)], steps=1)
+    args = T.TrainingArguments(str(tmp_path), max_steps=1, max_grad_norm=0, report_to=[], use_cpu=True)
+    trainer = hf.parts(run, args).Trainer(model, args)
+    expected = theirs(model.eval(), 0.3, ahead=True)
+    torch.testing.assert_close(trainer.compute_loss(model.train(), SPOKEN), expected, atol=0, rtol=1e-6)
+
+
+def test_a_loss_that_is_neither_is_refused_and_one_that_may_be_both_is_asked_again() -> None:
+    def odd(model: nn.Module, batch: Any) -> Tensor:
+        return entropy(model, batch) + 1.0
+
+    draw = torch.Generator().manual_seed(1)
+    even, labels = torch.zeros(3, 4, 5), torch.randint(0, 5, (3, 4), generator=draw)
+    logits = torch.randn(3, 4, 5, generator=draw)
+    with pytest.raises(ModelError, match="must be the mean cross-entropy over tokens"):
+        smoothed(odd)(Says(), {"logits": logits, "labels": labels})
+    loss = smoothed(entropy, eps=0.5)
+    assert loss(Says(), {"logits": even, "labels": labels}).item() == pytest.approx(math.log(5), abs=1e-6)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.5)
+    torch.testing.assert_close(loss(Says(), {"logits": logits, "labels": labels}), expected)
+
+
+def test_labels_are_moved_by_one_and_the_last_token_has_none() -> None:
+    labels = torch.tensor([[1, 2, 0], [0, 0, 1]])
+    assert moved(labels).tolist() == [[2, 0, -100], [0, 1, -100]]
+    # p = 1/2 each at the first token and (1/4, 3/4) at the second: against (0, 1) as they are ln 2 and ln 4/3, whose mean is
+    # 0.490415; moved, the first against 1 is ln 2 = 0.693147. The loss ln 2 is 0.202733 from the one and at the other.
+    logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3.0)]]])
+    here, ahead = apart(logits, torch.tensor([[0, 1]]), torch.tensor(math.log(2.0)))
+    assert (here, ahead) == (pytest.approx(0.202733, abs=1e-6), pytest.approx(0.0, abs=1e-6))
 
 
 # Conformance

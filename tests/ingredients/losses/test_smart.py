@@ -21,6 +21,8 @@ from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import ConflictError, ModelError, RecipeError
 from luthier.ingredients.losses.smart import SMART, climbed, divergence, followed
 from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.surgery.mixout import Mixout
+from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import Run, begin
 from tests.tiny import tiny
 
@@ -90,6 +92,15 @@ def batch(step: int) -> dict[str, Tensor]:
         ),
         "labels": torch.randint(0, 3, (4,), generator=draw),
     }
+
+
+def shifted(run: Run) -> Run:
+    """Moves what mixout mixes away from where it started, so that it is noise."""
+    with torch.no_grad():
+        for name, weight in run.model.named_parameters():
+            if "parametrizations" in name:
+                weight.add_(0.3)
+    return run
 
 
 TOKENS = {"input_ids": torch.tensor([[4, 5]])}
@@ -189,6 +200,28 @@ def test_a_perturbation_of_nothing_adds_nothing_although_there_is_dropout() -> N
         assert torch.equal(torch.get_rng_state(), after)  # and what is drawn next is what would be drawn without it
 
 
+@pytest.mark.parametrize("noise", [NEFTune(alpha=20.0), Mixout(p=0.5)], ids=["neftune", "mixout"])
+def test_its_passes_have_the_noise_of_what_has_a_stream_of_its_own(noise: Ingredient) -> None:
+    # As above: a penalty of a thousand million times the change is 0 only where all passes see the same noise.
+    losses = []
+    for others in ([SMART(strength=1e9, step=1e-30, sigma=1e-30, radius=1e-30)], []):
+        model = shifted(begin(tiny("bert"), [noise, *others], steps=1))
+        losses.append(model.loss(model.forward, batch(0)))
+    assert torch.equal(*losses)
+
+
+def test_checkpointing_repeats_the_masks_of_mixout_in_all_its_passes() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny("bert")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        run = shifted(begin(model, [Mixout(p=0.5), SMART(strength=100.0, step=0.1, radius=0.1)], steps=1))
+        run.closure(batch(0), batch(1)).backward()
+        grads.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
 # Invariants
 
 
@@ -236,7 +269,7 @@ def test_it_is_what_a_model_gives_that_is_handed_its_embeddings() -> None:
     def answer(delta: Tensor | float) -> Any:
         return model(inputs_embeds=words + delta, attention_mask=rows["attention_mask"], labels=rows["labels"])
 
-    start = torch.empty(4, 6, 16, dtype=torch.float64).normal_(0.0, 1e-3, generator=ctx.rng("start", 0)) * real
+    start = torch.empty(4, 6, 16, dtype=torch.float64).normal_(0.0, 1e-3, generator=ctx.rng("start", 0, 0)) * real
     delta = start.clone().requires_grad_()
     clean = answer(0.0)
     p, q = clean.logits.detach().softmax(-1), answer(delta).logits.softmax(-1)
@@ -314,6 +347,59 @@ def test_the_start_differs_between_steps_and_micro_batches_and_is_the_same_in_th
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
     assert not torch.equal(starts[0], starts[3])
+
+
+def test_each_process_has_a_start_of_its_own() -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model, rows = tiny("bert").double(), batch(0)
+    starts = [passes(model, SMART(), rows)[1]]
+    for rank in (0, 1):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            starts.append(passes(model, SMART(), rows)[1])
+        finally:
+            dist.destroy_process_group()
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.slow
+def test_as_it_comes_it_moves_the_gradient_of_a_real_model() -> None:
+    """all-MiniLM-L6-v2 after a few steps: a thousandth is all but nothing there, the default a few per cent."""
+    import transformers
+
+    from luthier.sources.demo import model_folder, rows
+
+    frame = rows(2)
+    labels = {name: number for number, name in enumerate(sorted(set(frame.label)))}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
+    given = tokenizer(list(frame.text), truncation=True, max_length=16, padding=True, return_tensors="pt")
+    given = {**given, "labels": torch.tensor([labels[name] for name in frame.label])}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        model = load(model_folder(), num_labels=len(labels))
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
+        for _ in range(4):
+            own(model, given).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def gradient(*others: SMART) -> Tensor:
+            run = begin(model, others, steps=1)
+            torch.manual_seed(0)
+            run.loss(run.forward, given).backward()
+            return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+        plain = gradient()
+        changes = [
+            ((gradient(smart) - plain).norm() / plain.norm()).item()
+            for smart in (SMART(), SMART(step=1e-3, radius=1e-3))
+        ]
+    assert 0.01 < changes[0] < 0.5
+    assert changes[1] < 0.005
 
 
 def test_the_step_is_worse_than_chance() -> None:

@@ -410,6 +410,30 @@ def test_a_fused_gate_is_refused() -> None:
         split(tiny("modernbert"))
 
 
+def test_a_model_that_has_experts_already_is_refused() -> None:
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_labels=3,
+        num_key_value_heads=2, moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.Qwen2MoeForSequenceClassification(config)
+    with pytest.raises(RecipeError, match=r"without experts of their own; got model.layers.1 with mlp.experts\."):
+        split(model)
+
+
+@pytest.mark.parametrize(("family", "where", "missed"), [
+    ("bert", "*layer.1.attention*", f"{FIRST}, {LAST}"),
+    ("bert", "*layer.1.intermediate*", LAST),
+    ("llama", "*layers.1.mlp.[gd]*", "model.layers.1.mlp.up_proj"),
+])  # fmt: skip
+def test_a_where_that_misses_a_matrix_of_the_layer_is_a_fault(family: str, where: str, missed: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"emoe.where  must name all matrices .*; got no {missed}\.  Name whole blocks"
+    ):
+        split(tiny(family), where=(where,))
+    begin(tiny("bert"), [EMoE(experts=8, k=2, where=("*layer.1.*dense.weight",))], steps=1)  # biases are not asked for
+
+
 def test_two_layers_side_by_side_of_which_none_is_known_as_the_gate_are_refused() -> None:
     model = tiny("bert")
     model.bert.encoder.layer[1].intermediate.other = nn.Linear(16, 32)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from luthier.core.groups import groups_of
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.seeds import reseed
 from luthier.errors import ConflictError, RecipeError
+from luthier.hosts import hf
 from luthier.ingredients.gradients.clip import Clip
 from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.optimizers.sam import SAM, climb, reach
 from luthier.ingredients.settings.freeze import Freeze
+from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
 from tests.tiny import tiny
@@ -323,6 +327,39 @@ def test_both_evaluations_see_the_same_dropout() -> None:
     for weight, slope in zip(model.parameters(), expected, strict=True):
         if slope is not None:
             torch.testing.assert_close(weight.grad, slope, atol=1e-6, rtol=0)
+
+
+def test_in_transformers_trainer_it_trains_in_training_mode_with_one_dropout_a_step(tmp_path: Path) -> None:
+    # A way of 1e-9 changes no digit of the loss that is compared; another dropout of .5 would, as it does from step to step.
+    model = tiny("bert", dropout=0.5)
+    run = begin(model, [SAM(rho=1e-9), NEFTune()], learning_rate=1e-6, steps=4)
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, max_grad_norm=0, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=1, logging_strategy="no",
+    )  # fmt: skip
+    rows = [{"input_ids": torch.arange(3, 9), "labels": 1}] * 4
+    parts, seen, states = hf.parts(run, args), [], []
+    model.register_forward_hook(
+        lambda module, given, out: seen.append((module.training, round(float(out.loss.detach()), 4)))
+    )
+    trainer = parts.Trainer(
+        model, args, train_dataset=rows, eval_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks
+    )
+    taken = trainer.training_step
+
+    def step(*given: Any, **named: Any) -> Tensor:
+        states.append(torch.get_rng_state())
+        loss = taken(*given, **named)
+        states.append(torch.get_rng_state())
+        return loss
+
+    trainer.training_step = step
+    trainer.train()
+    training = [loss for mode, loss in seen if mode]
+    assert len(seen) == 12 and len(training) == 8  # two a step, and an evaluation after each
+    assert training[::2] == training[1::2]
+    assert len(set(training)) == 4
+    assert all(torch.equal(one, other) for one, other in zip(states[::2], states[1::2], strict=True))
 
 
 def test_frozen_weights_stay_and_do_not_count_in_the_norm() -> None:
