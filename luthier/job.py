@@ -109,6 +109,7 @@ def prepare(
             text=chosen.text,
             text_pair=chosen.text_pair,
             label=chosen.label,
+            task=recipe.task,
             seed=split_seed,
             ood=ood,
             out_domain=out_domain,
@@ -117,7 +118,7 @@ def prepare(
 
     sources = [data_source, *(ood or {}).values(), *([out_domain] if out_domain is not None else [])]
     files = places.signature(sources)  # None for what is in memory
-    asked = (data_source, chosen, split_seed, ood, out_domain, label_map, files)
+    asked = (data_source, chosen, recipe.task, split_seed, ood, out_domain, label_map, files)
     found = read() if files is None else shared.get(key("data", *asked), read)
     for note in found.notes:
         say(note)

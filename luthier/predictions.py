@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,16 @@ import numpy as np
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.scores import softmax
 from luthier.errors import DataError, Fault, LuthierError
-from luthier.jsonfile import write_whole
+from luthier.jsonfile import plain, write_whole
 from luthier.narrate import Narrator, Silent
-from luthier.outputs import adjusted, logits
+from luthier.outputs import adjusted, logits, scores
 from luthier.report import Report
 from luthier.sources.columns import Columns
-from luthier.sources.data import read_unlabelled
+from luthier.sources.data import named_rows, read_unlabelled
+from luthier.sources.labels import as_labels, as_number, is_empty, pointed
 from luthier.sources.limits import pad_id
 from luthier.sources.models import reload, reload_tokenizer
+from luthier.sources.tasks import Classification, Regression, Task, label_name
 from luthier.sources.text import encode
 
 
@@ -53,41 +58,49 @@ class Predictions:
         Raises:
             DataError: the ending is none of these.
         """
-        import pandas as pd
-
         path = Path(path)
         if path.suffix not in (".csv", ".tsv", ".jsonl"):
             raise DataError.of(
                 [Fault(str(path), "must end in .csv, .tsv or .jsonl", path.suffix or "no ending")], "--out"
             )
-        frame = pd.DataFrame(self.table())
+        table = self.table()
+        rows = zip(*table.values(), strict=True)
+        text = io.StringIO()
         if path.suffix == ".jsonl":
-            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in frame.to_dict("records"))
-            text = "".join(line + "\n" for line in lines)
+            for row in rows:
+                told = plain(dict(zip(table, row, strict=True)))
+                text.write(json.dumps(told, ensure_ascii=False) + "\n")
         else:
-            text = frame.to_csv(index=False, sep="\t" if path.suffix == ".tsv" else ",")
-        write_whole(path, text)
+            writer = csv.writer(text, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+            writer.writerow(table)
+            writer.writerows(rows)
+        write_whole(path, text.getvalue())
 
 
 def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> Predictions:
-    """The predictions of a finished run's model for ``data``.
+    """The predictions of a finished run's model, or of a soup's, for ``data``.
 
     Args:
-        run: the run folder.
-        data: one file or DataFrame with the text columns the run was trained on; labels are not needed.
+        run: the folder of the run, or of the soup; a soup is not calibrated.
+        data: one file or DataFrame with the text columns the run was trained on; labels are not needed, and where there are some
+            the narrator tells how the predictions fit.
         narrator: who says what happens.
     Raises:
-        LuthierError: the run has not ended, or the data lacks a column.
+        LuthierError: the run has not ended, or the data lacks a column, holds what is no text, or has a column of the
+            predictions' names.
     """
     say = narrator or Silent()
     folder = Path(run)
-    if not (folder / "report.json").is_file():
-        raise LuthierError(
-            f"{folder} holds no finished run (no report.json).  Finish it with luthier fit ... --resume."
-        )
-    report = Report.load(folder)
+    report, calibration = _trained(folder)
     columns = report.data["columns"]
-    split, frame = read_unlabelled(data, Columns(columns["text"], columns.get("text_pair")))
+    texts = Columns(columns["text"], columns.get("text_pair"))
+    split, frame = read_unlabelled(data, texts)
+    kept = {str(name): frame[name].tolist() for name in frame}
+    _free(kept, [] if report.task == "regression" else report.labels)
+    for name, cells in ((texts.text, split.texts), (texts.text_pair, split.pairs or ())):
+        empty = [row for row, text in enumerate(cells, 1) if not text.strip()]
+        if empty:
+            say.line(f"warning: no text in {name!r}, {named_rows(empty)}: predictions there mean nothing")
     model, tokenizer = reload(folder / "model"), reload_tokenizer(folder / "model")
     encoded = encode(tokenizer, split, max_length=report.model["max_length"])
     if encoded.truncated:
@@ -96,10 +109,52 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
         )
     with say.bar("predicting", len(encoded)) as bar:
         out = logits(model, encoded, pad_id=pad_id(model, tokenizer), tick=bar.advance)
-    kept = {str(name): frame[name].tolist() for name in frame}
+    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings.of(calibration))
+    _score(report, changed, kept.get(columns["label"]), say)
     if report.task == "regression":
         return Predictions(kept, [float(value) for value in out[:, 0]], None, ())
-    told = report.calibration
-    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings.of(told))
     likely = softmax(changed.logits)
     return Predictions(kept, [report.labels[at] for at in likely.argmax(axis=1)], likely, tuple(report.labels))
+
+
+def _trained(folder: Path) -> tuple[Report, Mapping[str, Any]]:
+    """What is known of the model in ``folder``, and its calibration; of a soup, what is known of its first run that is still there."""
+    if (folder / "report.json").is_file():
+        report = Report.load(folder)
+        return report, report.calibration
+    soup = folder / "soup.json"
+    if not soup.is_file():
+        raise LuthierError(
+            f"{folder} holds no finished run (no report.json) and no soup.  Finish it with luthier fit ... --resume."
+        )
+    runs = [Path(run) for run in json.loads(soup.read_text(encoding="utf-8"))["runs"]]
+    there = next((run for run in runs if (run / "report.json").is_file()), None)
+    if there is None:
+        do = "Call from the folder where the soup was made, or put one of them back: it knows columns and labels."
+        got = f"none of {', '.join(map(str, runs))}"
+        raise LuthierError.of([Fault(str(soup), "must name a run that is still there", got, do)], "the soup")
+    return Report.load(there), {}
+
+
+def _free(columns: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses data with a column where a prediction would stand."""
+    taken = [name for name in ("prediction", *(f"p_{name}" for name in names)) if name in columns]
+    if taken:
+        faults = [Fault(f"column {name!r}", "must be free for predictions", do="Rename or drop it.") for name in taken]
+        raise DataError.of(faults, "the data")
+
+
+def _score(report: Report, out: Outputs, cells: Sequence[Any] | None, say: Narrator) -> None:
+    """Tells the report's first metric on rows that have labels, all of them such as the run learned."""
+    if not cells or any(is_empty(cell) for cell in cells):
+        return
+    task: Task
+    if report.task == "classification":
+        task, labels = Classification(report.labels), as_labels({"train": cells})["train"]
+        fit = {label_name(label) for label in labels} <= set(report.labels)
+    else:
+        task, labels = Regression(), as_labels({"train": [pointed(cell) for cell in cells]})["train"]
+        fit = all(as_number(label) is not None for label in labels)
+    found = scores(task, Outputs(out.logits, task.targets(labels)))[report.metric] if fit else None
+    if found is not None:
+        say.line(f"{report.metric} {found:.4f} on these {len(cells)} rows, by {report.data['columns']['label']!r}")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from luthier.errors import DataError, Fault, did_you_mean
 from luthier.sources.data import Data, Split, named_rows
-from luthier.sources.labels import IN_DOMAIN
+from luthier.sources.labels import IN_DOMAIN, as_number
 from luthier.sources.tasks import Task, label_name
 
-FEW_TO_CALIBRATE = 50  # rows of validation below which a temperature and a best step are mostly luck
+FEW_TO_CALIBRATE = 50  # rows of validation below which what is chosen on them is mostly luck
 
 
 def check(
@@ -44,8 +45,9 @@ def check(
         raise DataError.of(faults, data.source)
     return (
         *_one_class(data, task),
+        *_alike(data, task),
         *_repeated(data),
-        *_small(data),
+        *_small(data, task),
     )
 
 
@@ -106,17 +108,33 @@ def _one_class(data: Data, task: Task) -> list[str]:
     return [f"{name}: every row is {min(has)!r}: scores say little" for name, has in only.items() if len(has) == 1]
 
 
-def _small(data: Data) -> list[str]:
+def _alike(data: Data, task: Task) -> list[str]:
+    """Classes of train that differ only in case, spaces, hyphens or underscores; numbers are never alike."""
+    counts = Counter(label_name(label) for label in data.splits["train"].labels or ())
+    alike: dict[str, list[str]] = {}
+    for name in task.label_names if task.kind == "classification" else ():
+        if as_number(name) is None:
+            alike.setdefault(re.sub(r"[\s_-]+", "", name.casefold()) or name, []).append(name)
+    return [
+        f"train: {' and '.join(f'{name!r} ({_rows(counts[name])})' for name in names)} are classes of their own: "
+        "if they are one, write them alike"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def _small(data: Data, task: Task) -> list[str]:
     rows = len(data.splits.get("validation", ()))
+    chosen = "a temperature, a best step" if task.kind == "classification" else "a best step"
     few = 0 < rows < FEW_TO_CALIBRATE
-    return [f"validation: only {_rows(rows)}: what is chosen on it (a temperature) is mostly luck"] if few else []
+    return [f"validation: only {_rows(rows)}: what is chosen on it ({chosen}) is mostly luck"] if few else []
 
 
 def _repeated(data: Data) -> list[str]:
     """Rows that occur again within train, with another label, or in a split that is measured."""
     train = data.splits["train"]
     labels: dict[tuple[str, str], set[str]] = {}
-    for key, label in zip(_keys(train), train.labels or (), strict=True):
+    for key, label in zip(train.contents(), train.labels or (), strict=True):
         labels.setdefault(key, set()).add(label_name(label))
     warnings = []
     again = len(train) - len(labels)
@@ -125,18 +143,12 @@ def _repeated(data: Data) -> list[str]:
     torn = sum(len(has) > 1 for has in labels.values())
     if torn:
         warnings.append(f"train: {torn} text{'' if torn == 1 else 's'} with more than one label")
-    other = set(_keys(data.splits["out_domain"])) if "out_domain" in data.splits else set()
+    other = set(data.splits["out_domain"].contents()) if "out_domain" in data.splits else set()
     for name, split in data.splits.items():
         if name in ("train", "out_domain"):
             continue
-        leaked = sum(key in labels or key in other for key in _keys(split))
+        leaked = sum(key in labels or key in other for key in split.contents())
         if leaked:
             told = f"{leaked} of {_rows(len(split))} ({100 * leaked / len(split):.1f} %)"
             warnings.append(f"{name}: {told} {'is' if leaked == 1 else 'are'} in train too: scores flatter")
     return warnings
-
-
-def _keys(split: Split) -> list[tuple[str, str]]:
-    """What makes two rows the same: text and pair, white space at the ends aside."""
-    pairs = split.pairs or ("",) * len(split)
-    return [(text.strip(), pair.strip()) for text, pair in zip(split.texts, pairs, strict=True)]

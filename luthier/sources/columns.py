@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,25 @@ def infer(table: Table, flags: Flags, *, source: str) -> tuple[Columns, tuple[st
     notes += [f"label: column {label!r} ({label_why})"]
     notes += [f"not used: {', '.join(unused)}"] if unused else []
     return Columns(text, pair, label), tuple(notes)
+
+
+def other_text(table: Table, columns: Columns) -> tuple[str, ...]:
+    """A warning where other columns hold texts as well, at least half as long as those in use, in letters and in words."""
+    letters, words = _mean_length(table[columns.text]), _mean_words(table[columns.text])
+    like = [
+        name
+        for name, cells in table.items()
+        if name not in (columns.text, columns.label)
+        and _is_text(cells)
+        and 2 * _mean_length(cells) >= letters
+        and 2 * _mean_words(cells) >= words
+    ]
+    if not like:
+        return ()
+    do = (
+        f"for pairs, --text-pair {shlex.quote(like[0])}; for {columns.text!r} alone, --text {shlex.quote(columns.text)}"
+    )
+    return (f"only {columns.text!r} is read, and {', '.join(map(repr, like))} looks like text too: {do}",)
 
 
 def _flag_faults(table: Table, flags: Flags) -> list[Fault]:
@@ -161,3 +181,7 @@ def _is_text(cells: Sequence[Any]) -> bool:
 
 def _mean_length(cells: Sequence[Any]) -> float:
     return sum(len(cell or "") for cell in cells) / max(len(cells), 1)
+
+
+def _mean_words(cells: Sequence[Any]) -> float:
+    return sum(len((cell or "").split()) for cell in cells) / max(len(cells), 1)

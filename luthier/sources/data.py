@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DataError, Fault, did_you_mean
-from luthier.sources.columns import LABEL_NAMES, Columns, Flags, infer
+from luthier.sources.columns import LABEL_NAMES, Columns, Flags, infer, other_text
 from luthier.sources.gather import Gathered, gather
-from luthier.sources.labels import Label, are_classes, as_labels, is_empty
+from luthier.sources.labels import Label, are_classes, as_labels, decimal_commas, is_empty, pointed
 from luthier.sources.splitting import divide
 from luthier.sources.tables import Table, plain, rows_of
 
@@ -47,6 +48,11 @@ class Split:
             tuple(self.rows[i] if self.rows else i + 1 for i in rows),
         )
 
+    def contents(self) -> list[tuple[str, str]]:
+        """What makes two rows the same: text and pair, white space at the ends aside."""
+        pairs = self.pairs or ("",) * len(self)
+        return [(text.strip(), pair.strip()) for text, pair in zip(self.texts, pairs, strict=True)]
+
 
 @dataclass(frozen=True)
 class Data:
@@ -75,6 +81,7 @@ def read(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
+    task: str = "auto",
     seed: int = 0,
     ood: Mapping[str, Any] | None = None,
     out_domain: Any = None,
@@ -87,12 +94,14 @@ def read(
             test, ood_NAME; a pandas DataFrame; a datasets.Dataset or DatasetDict; a dict of these by split; a hub id;
             ``demo``, the demo's text (a folder of that name is ``./demo``).
         text, text_pair, label: column names; None infers them.
+        task: ``classification`` takes labels for classes however they are written, and draws splits by them.
         seed: of the draw when one file is split 80/10/10, or validation is taken from train.
         ood: more shifted tests, name -> any single source.
         out_domain: more training rows, of another domain, for recipes that ask for some; any single source.
         label_map: for splits whose labels are named otherwise: split -> {its label: train's label}. ``NAME`` means ``ood_NAME`` too.
     Raises:
-        DataError: nothing is there, a file cannot be read, a column cannot be found, or a label is empty.
+        DataError: nothing is there, a file cannot be read, a column cannot be found, a label is empty,
+            or a text is a list or an object.
         MissingExtra: parquet files, datasets or a hub id without ``luthier[data]``.
     """
     gathered = gather(source, ood or {}, out_domain)
@@ -105,17 +114,18 @@ def read(
     if _is_unlabelled(tables.get("test", {}), columns):
         del tables["test"]
         notes.append("test: has no labels, so it is left out; luthier predict labels it")
-    splits = _splits(tables, columns, gathered, _maps(label_map or {}, tables))
-    splits, drawn = _completed(splits, seed)
-    notes += [*drawn, _sizes(splits)]
-    return Data(splits, columns, tuple(notes), name, digest(splits))
+    splits, read_as = _splits(tables, columns, gathered, _maps(label_map or {}, tables), task)
+    splits, drawn = _completed(splits, seed, task)
+    notes += [*read_as, *drawn, _sizes(splits)]
+    odd = () if text or columns.text_pair else other_text(tables["train"], columns)
+    return Data(splits, columns, tuple(notes), name, digest(splits), odd)
 
 
 def read_unlabelled(source: Any, columns: Columns) -> tuple[Split, pd.DataFrame]:
     """The rows of one file (or DataFrame) to predict, and the file's own columns to put the predictions beside.
 
     Raises:
-        DataError: the file cannot be read, has no rows, or lacks the text column the model was trained on.
+        DataError: the file cannot be read, has no rows, lacks the text column the model was trained on, or has no texts there.
     """
     import pandas as pd
 
@@ -124,7 +134,8 @@ def read_unlabelled(source: Any, columns: Columns) -> tuple[Split, pd.DataFrame]
         fault = Fault(gathered.name, "must be one table", ", ".join(gathered.tables), "Name one file.")
         raise DataError.of([fault], gathered.name)
     table = next(iter(gathered.tables.values()))
-    faults = _absent(gathered.name, table, [columns.text, columns.text_pair])
+    texts = [columns.text, columns.text_pair]
+    faults = _absent(gathered.name, table, texts) or _text_faults(gathered.name, table, texts)
     if not faults and not rows_of(table):
         faults = [Fault(gathered.name, "must have rows", "0")]
     if faults:
@@ -152,9 +163,13 @@ def _maps(told: Mapping[str, Mapping[str, str]], tables: Mapping[str, Table]) ->
 
 
 def _splits(
-    tables: Mapping[str, Table], columns: Columns, gathered: Gathered, maps: Mapping[str, Mapping[str, str]]
-) -> dict[str, Split]:
-    """Tables as splits; every absent column and empty label of every split is told at once."""
+    tables: Mapping[str, Table],
+    columns: Columns,
+    gathered: Gathered,
+    maps: Mapping[str, Mapping[str, str]],
+    task: str,
+) -> tuple[dict[str, Split], list[str]]:
+    """Tables as splits, and how labels were read; every absent column and empty label of every split is told at once."""
     faults: list[Fault] = []
     cells: dict[str, list[Any]] = {}
     for name, table in tables.items():
@@ -172,11 +187,18 @@ def _splits(
                     if label not in there
                 ]
                 cells[name] = [maps[name].get(str(cell).strip(), cell) for cell in cells[name]]
+            faults += _text_faults(gathered.where(name), table, [columns.text, columns.text_pair])
             faults += _label_faults(gathered.where(name), str(columns.label), cells[name])
     if faults:
         raise DataError.of(faults, gathered.name)
+    told = []
+    comma = None if task == "classification" else decimal_commas(cells)
+    if comma is not None:
+        cells = {name: [pointed(cell) for cell in each] for name, each in cells.items()}
+        do = "if they are classes, --task classification"
+        told = [f"labels: numbers with decimal commas, {comma!r} is read as {pointed(comma)}; {do}"]
     labels = as_labels(cells)
-    return {name: _split(table, columns, labels[name]) for name, table in tables.items()}
+    return {name: _split(table, columns, labels[name]) for name, table in tables.items()}, told
 
 
 def _split(table: Table, columns: Columns, labels: tuple[Label, ...] | None) -> Split:
@@ -186,7 +208,7 @@ def _split(table: Table, columns: Columns, labels: tuple[Label, ...] | None) -> 
 
 
 def _string(cell: Any) -> str:
-    return "" if cell is None else str(cell)
+    return "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell)
 
 
 def _absent(where: str, table: Table, names: Sequence[str | None]) -> list[Fault]:
@@ -196,6 +218,21 @@ def _absent(where: str, table: Table, names: Sequence[str | None]) -> list[Fault
         for name in names
         if name is not None and name not in table
     ]
+
+
+def _text_faults(where: str, table: Table, names: Sequence[str | None]) -> list[Fault]:
+    faults = []
+    for name in names:
+        odd = [row for row, cell in enumerate(table[name], 1) if not _is_plain(cell)] if name else []
+        if odd:
+            at = f"{where}, {named_rows(odd)}"
+            got = type(table[name][odd[0] - 1]).__name__  # type: ignore[index]
+            faults.append(Fault(at, f"must have one text in {name!r}", got, "Join each into one text, or drop them."))
+    return faults
+
+
+def _is_plain(cell: Any) -> bool:
+    return not isinstance(cell, (list, tuple, dict, set, bytes))
 
 
 def _label_faults(where: str, column: str, cells: Sequence[Any]) -> list[Fault]:
@@ -228,8 +265,8 @@ def _is_unlabelled(table: Table, columns: Columns) -> bool:
     return columns.text in table and all(is_empty(plain(cell)) for cell in cells)
 
 
-def _completed(splits: dict[str, Split], seed: int) -> tuple[dict[str, Split], list[str]]:
-    """Validation, and test when train is all there is, are drawn from train."""
+def _completed(splits: dict[str, Split], seed: int, task: str) -> tuple[dict[str, Split], list[str]]:
+    """Validation, and test when train is all there is, are drawn from train; rows of the same text stay together."""
     train = splits["train"]
     labels = train.labels or ()
     others = [name for name in splits if name not in ("train", "validation", "test")]
@@ -237,16 +274,20 @@ def _completed(splits: dict[str, Split], seed: int) -> tuple[dict[str, Split], l
         absent = [] if "test" in splits else ["test: there is none, so nothing is measured on unseen rows"]
         return splits, absent
     shares = {"validation": 0.1} if "test" in splits else {"validation": 0.1, "test": 0.1}
-    if len(train) < 3 * len(shares):
+    keys = train.contents()
+    copies = len(train) - len(set(keys))
+    if len(train) - copies < 3 * len(shares):
         do = "Add rows, or give a validation split."
-        raise DataError.of([Fault("train", "must have more rows to be split", str(len(train)), do)], "the data")
-    classes = are_classes(labels)
-    divided, notes = divide(labels, shares, stratify=classes, seed=seed)
+        got = f"{len(train)}, {copies} of them copies" if copies else str(len(train))
+        raise DataError.of([Fault("train", "must have more rows to be split", got, do)], "the data")
+    classes = task == "classification" or are_classes(labels)
+    divided, notes = divide(labels, shares, stratify=classes, seed=seed, keys=keys)
+    kept = [f"copies: {copies} of {len(train)} rows repeat another's text, and are in its split"] if copies else []
     whole = {**splits, **{name: train.take(rows) for name, rows in divided.items()}}
     how = f"{'stratified by label' if classes else 'at random'}, seed {seed}"
     what = "validation: 10 % of train" if "test" in splits else "split: train 80 %, validation 10 %, test 10 %"
     order = ["train", "validation", "test", *others]
-    return {name: whole[name] for name in order}, [f"{what}, {how}", *notes]
+    return {name: whole[name] for name in order}, [f"{what}, {how}", *kept, *notes]
 
 
 def _sizes(splits: Mapping[str, Split]) -> str:

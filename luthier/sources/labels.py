@@ -11,6 +11,7 @@ Label = str | float
 IN_DOMAIN = ("train", "validation", "test")  # the splits whose labels say what is learned
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
+_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -58,6 +59,24 @@ def as_labels(splits: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Label, ...
         return {name: tuple(str(cell).strip() for cell in cells) for name, cells in splits.items()}
     whole = any(isinstance(n, int) for n in every) and all(n == int(n) for n in every if n is not None)
     return {name: tuple(_label(cell, whole) for cell in cells) for name, cells in splits.items()}
+
+
+def decimal_commas(splits: Mapping[str, Sequence[Any]]) -> str | None:
+    """The first label cell with a decimal comma (``3,5``) where all of train, validation and test are such or whole; else None.
+
+    >>> decimal_commas({"train": ["3", "3,5", "-1,25"]}), decimal_commas({"train": ["3,5", "3.5"]})
+    ('3,5', None)
+    """
+    every = [str(cell).strip() for name in IN_DOMAIN for cell in splits.get(name, ())]
+    written = [cell for cell in every if _COMMA.fullmatch(cell)]
+    fit = len(written) + sum(bool(_WHOLE.fullmatch(cell)) for cell in every) == len(every)
+    return written[0] if written and fit else None
+
+
+def pointed(cell: Any) -> Any:
+    """A cell with a point for its decimal comma; any other cell as it is."""
+    told = str(cell).strip()
+    return told.replace(",", ".") if _COMMA.fullmatch(told) else cell
 
 
 def _label(cell: Any, whole: bool) -> Label:

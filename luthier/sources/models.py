@@ -92,6 +92,10 @@ def load(
     if isinstance(source, tuple):
         model, tokenizer = _given(source, task)
         name = f"a {type(model).__name__} in memory"
+    elif not isinstance(source, (str, Path)):
+        do = "Give model=(model, tokenizer), with the tokenizer that it was pretrained with."
+        must = "must be a folder, a hub id or (model, tokenizer)"
+        raise error(Fault("model", must, type(source).__name__, do), "the model")
     else:
         name = str(source)
         place, local = _place(source)

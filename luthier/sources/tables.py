@@ -5,6 +5,7 @@ A table is a mapping from column name to a list of cells, one a row; a cell that
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -36,7 +37,7 @@ def read_table(path: Path) -> Table:
     """The table in one file.
 
     Raises:
-        DataError: the format is unknown, or the file is torn, ragged, empty or not UTF-8; file and line are named.
+        DataError: the format is unknown, or the file is torn, ragged, empty or neither UTF-8 nor UTF-16; file and line are named.
         MissingExtra: a parquet file without pyarrow.
     """
     kind = format_of(path)
@@ -57,9 +58,13 @@ def fault(where: str, must: str, got: str = "", do: str = "") -> DataError:
 
 
 def _text(data: bytes, name: str) -> str:
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Excel writes "Unicode text"
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
+        if wide:
+            do = f"Save it anew as UTF-8: iconv -c -f utf-16 -t utf-8 {name} > new-{name}"
+            raise fault(name, "must be UTF-16, as its first two bytes say", error.reason, do) from error
         line = data.count(b"\n", 0, error.start) + 1
         do = f"Save it as UTF-8: iconv -f latin1 -t utf-8 {name} > new-{name}"
         raise fault(f"{name}, line {line}", "must be UTF-8", f"byte 0x{data[error.start]:02x}", do) from error

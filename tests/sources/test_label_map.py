@@ -10,7 +10,7 @@ from luthier.errors import DataError
 from luthier.sources.data import read
 from tests.little import recipe, sentences
 
-OURS = pd.DataFrame({"text": ["a", "b", "c", "d"] * 5, "label": ["good", "bad"] * 10})
+OURS = pd.DataFrame({"text": list("abcdefghijklmnopqrst"), "label": ["good", "bad"] * 10})
 THEIRS = pd.DataFrame({"text": ["x", "y", "z"], "label": [1, 0, 1]})
 
 

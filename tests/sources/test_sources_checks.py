@@ -126,6 +126,27 @@ def test_a_tiny_validation_is_warned_about_and_fifty_rows_are_not() -> None:
     assert warning.startswith("validation: only 49 rows")
 
 
+def test_a_tiny_validation_of_numbers_chooses_no_temperature() -> None:
+    rows = Split(tuple(f"v {i}" for i in range(9)), None, tuple(i / 7 for i in range(9)))
+    train = Split(tuple(f"t {i}" for i in range(9)), None, rows.labels)
+    (warning,) = check(Data({"train": train, "validation": rows}, Columns("text", None, "label")), Regression())
+    assert warning == "validation: only 9 rows: what is chosen on it (a best step) is mostly luck"
+
+
+def test_classes_that_differ_in_case_and_spaces_are_warned_about_and_signs_and_numbers_are_not() -> None:
+    def told(*labels: str) -> tuple[str, ...]:
+        train = Split(tuple(f"t {i}" for i in range(len(labels))), None, labels)
+        found = Data({"train": train}, Columns("text", None, "label"))
+        return check(found, decide(found, "classification")[0])
+
+    (warning,) = told("Negative", "negative", "negative", "pos")
+    assert warning == (
+        "train: 'Negative' (1 row) and 'negative' (2 rows) are classes of their own: if they are one, write them alike"
+    )
+    assert len(told("not entailment", "Not_Entailment", "entailment")) == 1
+    assert told("C", "C++", "C#", "-", "+", "-1", "1", "_") == ()
+
+
 def test_numbers_as_classes_are_compared_by_name() -> None:
     train, other = Split(("x", "y") * 5, None, (0, 1) * 5), Split(("p", "q"), None, (1, 0))
     told = Data({"train": train, "test": other}, Columns("text", None, "label"))

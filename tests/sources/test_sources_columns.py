@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from luthier.errors import DataError
 from luthier.sources.columns import Columns, Flags, infer
-from luthier.sources.labels import are_classes, as_labels
+from luthier.sources.data import read
+from luthier.sources.labels import are_classes, as_labels, decimal_commas, pointed
+from luthier.sources.tasks import Regression, decide
 
 LONG = ["a rather long text about nothing", "another long text about little"] * 10
 SHORT = ["one word", "two words"] * 10
@@ -112,3 +116,51 @@ def test_whole_numbers_of_one_split_make_whole_floats_of_another_ints() -> None:
     assert as_labels({"train": [0, 1], "test": [1.0]}) == {"train": (0, 1), "test": (1,)}
     assert as_labels({"train": [0, 1], "test": [1.5]}) == {"train": (0.0, 1.0), "test": (1.5,)}
     assert as_labels({"train": ["0"], "test": ["no"]}) == {"train": ("0",), "test": ("no",)}
+
+
+def other(name: str, cells: list[str], **more: Any) -> tuple[str, ...]:
+    rows = pd.DataFrame({"s1": [f"the first of two texts {i}" for i in range(20)], name: cells, "y": ["a", "b"] * 10})
+    return read(rows, **more).warnings
+
+
+def test_a_second_column_of_texts_that_is_not_read_is_warned_about_with_the_flag_that_reads_it() -> None:
+    texts = [f"another text {i}" for i in range(20)]
+    (warning,) = other("s2", texts)
+    assert (
+        warning
+        == "only 's1' is read, and 's2' looks like text too: for pairs, --text-pair s2; for 's1' alone, --text s1"
+    )
+    assert other("s2", texts, text_pair="s2") == other("s2", texts, text="s1") == ()
+
+
+def test_ids_places_and_names_are_no_second_text() -> None:
+    assert other("id", [f"row-{i}" for i in range(20)]) == ()
+    assert other("url", [f"https://example.org/{i}" for i in range(20)]) == ()
+    assert other("name", ["Ada Lee", "Bo Ek"] * 10) == ()
+
+
+COMMAS = "text;rating\n" + "".join(f"a long text number {i};{i % 9 / 2}\n".replace(".", ",") for i in range(45))
+
+
+def test_ratings_with_decimal_commas_are_numbers_and_it_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "ratings.csv"
+    path.write_text(COMMAS)
+    found = read(path)
+    labels = {label for split in found.splits.values() for label in split.labels or ()}
+    assert labels == {i / 2 for i in range(9)}
+    do = "if they are classes, --task classification"
+    assert f"labels: numbers with decimal commas, '0,0' is read as 0.0; {do}" in found.notes
+    assert decide(found)[0] == Regression()
+    assert "3,5" in (read(path, task="classification").splits["train"].labels or ())
+
+
+@pytest.mark.parametrize("odd", ["3.5", "x", "1,2,3", "0,5 points"])
+def test_labels_of_which_one_is_no_decimal_comma_stay_strings(odd: str) -> None:
+    labels = as_labels({"train": ["3,5", "4", odd]})
+    assert decimal_commas({"train": ["3,5", "4", odd]}) is None
+    assert labels == {"train": ("3,5", "4", odd)}
+
+
+def test_whole_numbers_beside_decimal_commas_are_numbers_too() -> None:
+    assert decimal_commas({"train": ["4", " 3,5 ", "-1,25"], "ood_x": ["x"]}) == "3,5"
+    assert [pointed(cell) for cell in ("4", " 3,5 ", "x,y", 3)] == ["4", "3.5", "x,y", 3]

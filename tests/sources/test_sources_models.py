@@ -312,6 +312,13 @@ def test_a_model_in_memory_with_other_outputs_is_refused() -> None:
         load(("a", "b"), ABC, seed=0)
 
 
+def test_a_model_without_its_tokenizer_is_refused_with_what_to_give() -> None:
+    alone = BertForSequenceClassification(tiny_config())
+    for source in (alone, [alone, tiny_tokenizer()]):
+        with pytest.raises(ModelError, match=r"must be a folder, a hub id or \(model, tokenizer\); got .*Give model="):
+            load(source, ABC, seed=0)
+
+
 def test_what_fills_batches_up_is_the_tokenizers_token_else_the_configs_else_nought() -> None:
     def told(own: int | None, configs: int | None) -> int:
         return pad_id(SimpleNamespace(config=SimpleNamespace(pad_token_id=configs)), SimpleNamespace(pad_token_id=own))

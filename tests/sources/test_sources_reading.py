@@ -79,6 +79,22 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column_name(tmp_path: Path) 
     assert list(read_table(path)) == ["text", "label"]
 
 
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_utf_16_is_known_by_its_byte_order_mark(tmp_path: Path, name: str, coding: str) -> None:
+    told = {"a.csv": "text,label\r\ncaf\u00e9,1\r\n", "a.tsv": "text\tlabel\r\ncaf\u00e9\t1\r\n"}
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" + told.get(name, '{"text": "caf\u00e9", "label": "1"}\n')).encode(coding))
+    assert read_table(path) == {"text": ["caf\u00e9"], "label": ["1"]}
+
+
+def test_torn_utf_16_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("\ufefftext,label\n".encode("utf-16-le")[:-1])
+    with pytest.raises(DataError, match="a.csv  must be UTF-16, as its first two bytes say; got .*-f utf-16 -t utf-8"):
+        read_table(path)
+
+
 def test_semicolons_separate_when_the_header_has_no_comma(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text;label\na, b;1\n")
@@ -326,3 +342,13 @@ def test_unlabelled_rows_without_the_text_column_are_refused_with_a_guess(tmp_pa
     path.write_text("texts\none\n")
     with pytest.raises(DataError, match=r"must have the column 'text'; got texts.  Did you mean 'texts'"):
         read_unlabelled(path, Columns("text"))
+
+
+def test_a_list_is_no_text_to_learn_from_or_to_predict() -> None:
+    rows: list[dict[str, Any]] = [*many(20), {"text": ["a", "b"], "label": "a"}]
+    source = pd.DataFrame(rows)
+    must = r"row 21 +must have one text in 'text'; got list.  Join each into one text, or drop them."
+    with pytest.raises(DataError, match=must):
+        read(source, text="text", label="label")
+    with pytest.raises(DataError, match=must):
+        read_unlabelled(source, Columns("text"))
