@@ -239,7 +239,7 @@ def _again(report: Report, folder: Path, ood: Mapping[str, Any]) -> sources.Data
     told["ood"] |= ood
     _refuse(gone(folder, call, told, {"data": "--data", "out_domain": "--data"}))
     names = ("ood", "out_domain", "label_map")
-    found = _read(report, told["data"], _split_seed(folder), **{name: told[name] for name in names})
+    found = _read(report, told["data"], _split_seed(folder), task=_task(folder), **{name: told[name] for name in names})
     own = {name: found.splits[name] for name in report.data["sizes"] if name in found.splits}
     _refuse(other_data(folder, found.source, own, report))
     return found
@@ -247,7 +247,8 @@ def _again(report: Report, folder: Path, ood: Mapping[str, Any]) -> sources.Data
 
 def _other(report: Report, folders: Sequence[Path], data: Any, ood: Mapping[str, Any] | None) -> sources.Data:
     """Data that the caller names. If that is what the runs were trained on, each must have held out the same of it."""
-    found = {seed: _read(report, data, seed, ood=ood) for seed in dict.fromkeys(map(_split_seed, folders))}
+    task = _task(folders[0])
+    found = {seed: _read(report, data, seed, task=task, ood=ood) for seed in dict.fromkeys(map(_split_seed, folders))}
     if len({one.digest for one in found.values()}) > 1:
         must = "must have train, validation and test of its own: the runs split their data by several seeds"
         _refuse([Fault("data", must, ", ".join(map(str, found)), _HELD)])
@@ -262,6 +263,10 @@ def _read(report: Report, data: Any, seed: int, **more: Any) -> sources.Data:
 
 def _split_seed(folder: Path) -> int:
     return recipes.read(folder / "recipe.yaml").seed_of("split")
+
+
+def _task(folder: Path) -> str:
+    return recipes.read(folder / "recipe.yaml").task
 
 
 def _refuse(faults: Iterable[Fault]) -> None:
