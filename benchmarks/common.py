@@ -20,14 +20,14 @@ import torch
 import transformers
 
 import luthier
-from luthier import stages
 from luthier.core.seeds import borrowed
-from luthier.job import Job, prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
 from luthier.quick import keep_memory
 from luthier.recipe.text import read
 from luthier.sources.demo import rows
+from luthier.training import stages
+from luthier.training.job import Job, prepare
 
 HERE = Path(__file__).parent
 LENGTH = 128

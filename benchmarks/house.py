@@ -64,9 +64,9 @@ def main(folder: Path) -> None:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told)
             if not file.exists():
                 file.write_text(text, encoding="utf-8")
-    from luthier.comparing import compare
     from luthier.narrate import Plain
     from luthier.page import compared
+    from luthier.trials.comparing import compare
 
     found = compare(
         recipes(),

@@ -13,11 +13,11 @@ import torch
 import transformers
 from common import BATCH, Rows, fresh, job, write
 
-from luthier import probing
 from luthier.narrate import Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
-from luthier.trace import Trace
+from luthier.training import probing
+from luthier.training.trace import Trace
 
 
 def accuracy(made: object, model: torch.nn.Module) -> float:

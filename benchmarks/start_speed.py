@@ -40,11 +40,11 @@ def overhead() -> dict[str, float]:
     import tempfile
     from pathlib import Path
 
-    from luthier import stages
-    from luthier.job import prepare
     from luthier.narrate import Silent
     from luthier.placement import Placement
     from luthier.sources.text import collate
+    from luthier.training import stages
+    from luthier.training.job import prepare
     from tests.little import recipe, sentences
     from tests.tinyfolder import tiny_folder
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from luthier.recipe.registry import INGREDIENTS
 
 if TYPE_CHECKING:
-    from luthier.comparing import compare
     from luthier.comparison import Comparison
     from luthier.core.anatomy import Anatomy, Family
     from luthier.core.ingredient import Ingredient, ingredient
-    from luthier.differing import differences
-    from luthier.engine import fit
     from luthier.errors import LuthierError
+    from luthier.finished.differing import differences
+    from luthier.finished.predictions import predict
+    from luthier.finished.reruns import rerun
+    from luthier.finished.soups import soup
+    from luthier.finished.studying import study
     from luthier.ingredients.averaging.best import Best
     from luthier.ingredients.averaging.ema import EMA
     from luthier.ingredients.averaging.swa import SWA
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from luthier.ingredients.losses.l2sp import L2SP
     from luthier.ingredients.losses.label_smoothing import LabelSmoothing
     from luthier.ingredients.losses.r_drop import RDrop
-    from luthier.ingredients.losses.rec_adam import RecAdam
     from luthier.ingredients.losses.smart import SMART
     from luthier.ingredients.modules.emoe import EMoE
     from luthier.ingredients.modules.isobn import IsoBN
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from luthier.ingredients.optimizers.adamw import AdamW
     from luthier.ingredients.optimizers.mezo import MeZO
     from luthier.ingredients.optimizers.prior_decay import PriorDecay
+    from luthier.ingredients.optimizers.rec_adam import RecAdam
     from luthier.ingredients.optimizers.sam import SAM
     from luthier.ingredients.settings.anneal import Anneal
     from luthier.ingredients.settings.discriminative import Discriminative
@@ -62,13 +64,11 @@ if TYPE_CHECKING:
     from luthier.ingredients.surgery.noisy_tune import NoisyTune
     from luthier.ingredients.surgery.reinit import Reinit
     from luthier.plan import Plan, compose, skeleton
-    from luthier.predictions import predict
     from luthier.recipe.recipe import Recipe, Stage
     from luthier.report import Report
-    from luthier.reruns import rerun
     from luthier.run import Run, begin
-    from luthier.soups import soup
-    from luthier.studying import study
+    from luthier.training.engine import fit
+    from luthier.trials.comparing import compare
 
 __version__ = "0.1.0"
 
@@ -77,14 +77,14 @@ _WHERE = {
     "Family": "luthier.core.anatomy",
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
-    "differences": "luthier.differing",
-    "compare": "luthier.comparing",
+    "differences": "luthier.finished.differing",
+    "compare": "luthier.trials.comparing",
     "Comparison": "luthier.comparison",
-    "fit": "luthier.engine",
-    "predict": "luthier.predictions",
-    "soup": "luthier.soups",
-    "rerun": "luthier.reruns",
-    "study": "luthier.studying",
+    "fit": "luthier.training.engine",
+    "predict": "luthier.finished.predictions",
+    "soup": "luthier.finished.soups",
+    "rerun": "luthier.finished.reruns",
+    "study": "luthier.finished.studying",
     "LuthierError": "luthier.errors",
     "Plan": "luthier.plan",
     "compose": "luthier.plan",

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier import stages
 from luthier.core.seeds import remembered
-from luthier.job import Columns, Job, prepare
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
@@ -18,6 +16,8 @@ from luthier.plan import Plan, StagePlan
 from luthier.quick import QuickRandom, keep_memory, quicken
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
+from luthier.training import stages
+from luthier.training.job import Columns, Job, prepare
 from luthier.units import duration, memory_peak, size
 
 

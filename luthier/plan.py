@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -30,6 +30,18 @@ from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 
 _STRUCTURE = (Place.MODULES, Place.FORWARD_WEIGHTS)
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """An ingredient that works on some weights alone, which the plan requires to learn in the stage."""
+
+    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
+        """The live names of the weights it works on, frozen or not; None where its values tell it to do nothing.
+
+        Args:
+            started: canonical names of the weights that were there before the stage's surgery.
+        """
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,7 @@ def _stage(
                 raise
             faults.extend(Fault(f"{label} {fault.where}", fault.must, fault.got, fault.do) for fault in error.faults)
     faults.extend(_idle(entries, before, anatomy, label))
-    faults.extend(_on_frozen(entries, table, label))
+    faults.extend(_on_frozen(entries, before, table, label))
     faults.extend(_carried(stage, before, label))
     edges = {0.0, *(edge for row in table.rows for share in row.asleep for edge in share if edge < 1.0)}
     idle = [edge for edge in sorted(edges) if not any(row.learns(edge) for row in table.rows)]
@@ -218,7 +230,10 @@ def _stage(
     claimed = [(entry.name, entry.claims) for entry in entries] + around
     if stage.solver == "exact":
         faults.extend(_unsolvable(entries, table, anatomy, label))
-    clashes.extend(conflicts(claimed, lambda at: _select(at, before) | _select(at, anatomy), label))
+    told = conflicts(claimed, lambda at: _select(at, before) | _select(at, anatomy), label)
+    clashes.extend(told)
+    if not told:  # two that cannot share the stage may leave each other nothing
+        faults.extend(_workless(entries, before, table, label))
     for entry in reversed(structural):
         if entry.ingredient.uses("finish"):
             entry.ingredient.finish(shape, context(entry, anatomy, steps))
@@ -306,8 +321,8 @@ def _idle(entries: Sequence[Entry], before: Anatomy, after: Anatomy, label: str)
     return faults
 
 
-def _on_frozen(entries: Sequence[Entry], table: ParamTable, label: str) -> list[Fault]:
-    """An ingredient that edits gradients of frozen weights alone would do nothing, silently."""
+def _on_frozen(entries: Sequence[Entry], before: Anatomy, table: ParamTable, label: str) -> list[Fault]:
+    """An ingredient that edits gradients of frozen weights alone would do nothing, silently; of no weight is told by ``_idle``."""
     trainable = {row.name for row in table.rows if row.trainable}
     faults: list[Fault] = []
     for entry in entries:
@@ -315,9 +330,26 @@ def _on_frozen(entries: Sequence[Entry], table: ParamTable, label: str) -> list[
             claim.where for claim in entry.claims if claim.place == Place.GRADIENT and claim.how in ("owns", "wraps")
         }
         for where in wheres:
-            if where != ("all",) and not _select(where, table.anatomy) & trainable:
+            chosen = _select(where, table.anatomy)
+            if where != ("all",) and (chosen or _select(where, before)) and not chosen & trainable:
                 must = "must edit weights that learn in this stage"
                 faults.append(Fault(f"{label} {entry.name}", must, f"{', '.join(where)}, all frozen", "Choose others."))
+    return faults
+
+
+def _workless(entries: Sequence[Entry], before: Anatomy, table: ParamTable, label: str) -> list[Fault]:
+    """An ingredient that finds no weight to work on that learns would do nothing, silently; who names none is told by ``_idle``."""
+    trainable = {row.name for row in table.rows if row.trainable}
+    started = frozenset(part.canonical for part in before.parts)
+    must = "must work on some weight that learns in this stage"
+    faults = []
+    for entry in entries:
+        part = entry.ingredient
+        named = all(_select(claim.where, before) for claim in entry.claims if claim.how == "needs")
+        works = part.works_on(table, started) if named and isinstance(part, Choosy) else None
+        if works is not None and not works & trainable:
+            do = f"Choose others (luthier card {entry.name} says which it takes), or drop it."
+            faults.append(Fault(f"{label} {entry.name}", must, "none", do))
     return faults
 
 

@@ -23,8 +23,8 @@ from luthier.plan import compose, skeleton
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, own_loss
-from luthier.stages import steps
 from luthier.testing import tiny_model
+from luthier.training.stages import steps
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods" / "README.md"
 STEPS = 4

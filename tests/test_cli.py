@@ -16,7 +16,7 @@ import luthier
 from luthier import cli
 from luthier.errors import LuthierError
 from tests.little import sentences
-from tests.test_resume import Asks
+from tests.training.test_resume import Asks
 
 ROOT = Path(__file__).parents[1]
 

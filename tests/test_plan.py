@@ -19,9 +19,15 @@ from luthier.core.groups import plain
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.table import ParamTable
 from luthier.errors import ConflictError, RecipeError
+from luthier.ingredients.losses.l2sp import L2SP
+from luthier.ingredients.modules.lora import LoRA
+from luthier.ingredients.modules.prefix import Prefix
 from luthier.ingredients.optimizers.adamw import AdamW
+from luthier.ingredients.optimizers.prior_decay import PriorDecay
+from luthier.ingredients.optimizers.rec_adam import RecAdam
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
+from luthier.ingredients.surgery.mixout import Mixout
 from luthier.plan import Plan, compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from tests.tiny import tiny
@@ -117,6 +123,35 @@ def test_what_the_surroundings_do_away_with_conflicts_too() -> None:
         match="galore cannot stand here  galore needs whole weights on every process, which the surroundings do not have",
     ):
         planned(stage(whole), voids=[voids(Place.WHOLE_WEIGHTS)])
+
+
+@pytest.mark.parametrize("parts", [
+    [Mixout(where=("embeddings",))], [Mixout(where=("norms",))], [Freeze(keep=("head",)), Mixout()], [Mixout(), Freeze(keep=("norms",))],
+    [PriorDecay(where=("norms",))], [PriorDecay(where=("biases",))], [Freeze(keep=("head", "norms")), PriorDecay()],
+    [Freeze(keep=("head",)), L2SP(head_strength=0)], [LoRA(r=1), L2SP(head_strength=0)], [Freeze(keep=("bridge",)), L2SP(strength=0)],
+    [Freeze(keep=("head",)), RecAdam()], [LoRA(r=1), RecAdam()], [Prefix(vectors=2), RecAdam()],
+])  # fmt: skip
+def test_an_ingredient_that_finds_no_weight_that_learns_to_work_on_is_refused(parts: list[Any]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"1 fault in trial\n.*must work on some weight that learns in this stage; got none"
+    ):
+        planned(stage(*parts))
+
+
+@pytest.mark.parametrize("parts", [
+    [Mixout(where=("embeddings", "bridge"))], [Freeze(keep=("head",)), Mixout(p=0.0)], [Freeze(keep=("head",)), L2SP()],
+    [PriorDecay(where=("norms",), exclude=())], [LoRA(r=1), PriorDecay()], [LoRA(r=1), L2SP()], [LoRA(r=1), Mixout(where=("head",))],
+    [Freeze(keep=("head",)), L2SP(strength=0, head_strength=0)], [Freeze(keep=("head",)), PriorDecay(weight_decay=0)],
+])  # fmt: skip
+def test_one_that_finds_some_or_is_told_to_do_nothing_is_not(parts: list[Any]) -> None:
+    planned(stage(*parts))
+
+
+def test_what_finds_nothing_because_of_a_conflict_or_names_nothing_is_told_once() -> None:
+    with pytest.raises(ConflictError):
+        planned(stage(LoRA(r=1), Mixout()))
+    with pytest.raises(RecipeError, match=r"1 fault in trial\n.*matches no weight"):
+        planned(stage(PriorDecay(where=("no.such.weight",))))
 
 
 def test_an_ingredient_that_stands_twice_is_refused() -> None:

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import luthier
-from luthier import probing
 from luthier.core.anatomy import Anatomy
-from luthier.job import prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
 from luthier.recipe.shipped import names
 from luthier.recipe.text import read
-from luthier.trace import Trace
+from luthier.training import probing
+from luthier.training.job import prepare
+from luthier.training.trace import Trace
 from tests.little import sentences
 from tests.tinyfolder import tiny_folder
 

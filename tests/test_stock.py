@@ -96,7 +96,7 @@ def test_sharing_changes_no_bit_of_any_run(made, tiny_model, tmp_path):
 
 
 def test_the_probe_is_solved_once_for_all_seeds_and_anew_for_other_rows(tiny_model, tmp_path, monkeypatch):
-    from luthier import head
+    from luthier.training import head
 
     solved = []
     real = head.solve_classification

@@ -52,8 +52,8 @@ def study(
 ) -> None:
     """Look into a model: its kernel, its features, its clusters, what it forgot. All of them if none is named."""
     from luthier.console import narrator
-    from luthier.studying import KINDS
-    from luthier.studying import study as looked
+    from luthier.finished.studying import KINDS
+    from luthier.finished.studying import study as looked
 
     chosen = {"ntk": ntk, "drift": drift, "clusters": clusters, "forgetting": forgetting}
     kinds = [kind for kind in KINDS if chosen[kind]] or None

@@ -101,9 +101,9 @@ def compare(
     demo: DemoOption = False,
 ) -> None:
     """Run several recipes over several seeds, and tell what their differences are worth."""
-    from luthier.comparing import compare as compared
-    from luthier.comparing import designed, jobs
     from luthier.console import narrator
+    from luthier.trials.comparing import compare as compared
+    from luthier.trials.comparing import designed, jobs
     from luthier.trials.outcome import listed
     from luthier.trials.places import parameters
 
@@ -155,8 +155,8 @@ def gather(
     ] = None,
 ) -> None:
     """Tell what the runs of a comparison say that are done now; writes its comparison.json and compare.html anew."""
-    from luthier.comparing import tell
     from luthier.console import narrator
+    from luthier.trials.comparing import tell
 
     narrator().show(tell(comparison, metric=metric))
 
@@ -196,7 +196,7 @@ def soup(
 ) -> None:
     """Average the weights of several runs into one model, and score it beside them."""
     from luthier.console import narrator
-    from luthier.soups import soup as cooked
+    from luthier.finished.soups import soup as cooked
 
     if how not in ("greedy", "uniform"):
         raise LuthierError(f"--how must be greedy or uniform; got {how!r}.")

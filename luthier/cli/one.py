@@ -98,7 +98,7 @@ def fit(
             raise LuthierError("--out must be given when several processes run, so that all of them mean one folder.")
         name = f"{Path(recipe).stem}-{label_of}" + (f"-seed{seed}" if seed is not None else "")
         out = fresh(Path("runs"), name)
-    from luthier.engine import fit as run
+    from luthier.training.engine import fit as run
 
     say = narrator() if os.environ.get("RANK", "0") == "0" else Silent()
     report = run(
@@ -134,7 +134,7 @@ def fit(
 def _begun(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """What the run in ``out`` was called with, for all that is not asked for now."""
     from luthier.call import NAME, Call
-    from luthier.reruns import FLAGS, gone
+    from luthier.finished.reruns import FLAGS, gone
 
     if not (out / NAME).is_file():
         return asked
@@ -207,7 +207,7 @@ def predict(
         )
     if out is not None and out.suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError.of([Fault(str(out), "must end in .csv, .tsv or .jsonl")], "--out")
-    from luthier.predictions import predict as run_predict
+    from luthier.finished.predictions import predict as run_predict
 
     say = narrator(to_stderr=True)
     found = run_predict(run, data, narrator=say)
@@ -253,7 +253,7 @@ def rerun(
 ) -> None:
     """Repeat a finished run from its folder; exit 0 if the weights are bit-equal, 1 if not."""
     from luthier.console import narrator
-    from luthier.reruns import rerun as again
+    from luthier.finished.reruns import rerun as again
 
     say = narrator()
     found = again(run, out=out, model=model, data=data, ood=named_of(ood), out_domain=out_domain, narrator=say)
@@ -268,7 +268,7 @@ def diff(
     other: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
     """Show what differs between two finished runs: recipe, environment, data, scores, weights."""
-    from luthier.differing import differences
+    from luthier.finished.differing import differences
 
     for line in differences(one, other).lines():
         typer.echo(line)

@@ -40,7 +40,7 @@ INGREDIENTS: dict[str, str] = {
     "prefix": "luthier.ingredients.modules.prefix:Prefix",
     "prior_decay": "luthier.ingredients.optimizers.prior_decay:PriorDecay",
     "r_drop": "luthier.ingredients.losses.r_drop:RDrop",
-    "rec_adam": "luthier.ingredients.losses.rec_adam:RecAdam",
+    "rec_adam": "luthier.ingredients.optimizers.rec_adam:RecAdam",
     "reinit": "luthier.ingredients.surgery.reinit:Reinit",
     "sam": "luthier.ingredients.optimizers.sam:SAM",
     "smart": "luthier.ingredients.losses.smart:SMART",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import MissingExtra
-from luthier.stages import Stopped
+from luthier.training.stages import Stopped
 from luthier.trials.places import Place
 from luthier.trials.work import work
 

@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from luthier.engine import fit
 from luthier.errors import LuthierError
 from luthier.narrate import Narrator, Silent
-from luthier.stages import Paused, Stopped
 from luthier.stock import Stock
+from luthier.training.engine import fit
+from luthier.training.stages import Paused, Stopped
 from luthier.trials.asking import GOES_ON, interruptible
 from luthier.trials.design import Design, Trial
 from luthier.trials.desk import Desk

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from luthier.errors import LuthierError
 from luthier.narrate import Narrator, Silent
-from luthier.stages import Stopped
+from luthier.training.stages import Stopped
 from luthier.trials.asking import GOES_ON, interruptible
 from luthier.trials.early import turns
 from luthier.trials.places import Place

@@ -16,7 +16,7 @@ import torch
 
 import luthier
 from luthier.run import Run
-from luthier.stages import Stopped
+from luthier.training.stages import Stopped
 from tests.little import recipe, sentences
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.errors import DataError
-from luthier.job import prepare
 from luthier.sources.data import Data, read
 from luthier.sources.splitting import divide, quotas
+from luthier.training.job import prepare
 from tests.little import recipe, sentences
 
 TENTHS = {"validation": 0.1, "test": 0.1}

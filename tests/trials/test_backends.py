@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier.comparing import compare
 from luthier.errors import LuthierError, MissingExtra
+from luthier.trials.comparing import compare
 from luthier.trials.places import Place, parameters
 from luthier.trials.ray_jobs import shares
 from luthier.trials.slurm_jobs import Jobs, Worker, prefixed
@@ -93,7 +93,7 @@ def test_on_ray_ctrl_c_asks_the_workers_to_save_and_goes_on_in_any_other_place(t
 
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(luthier.stages.Stopped, match="the same command goes on from there"):
+        with pytest.raises(luthier.training.stages.Stopped, match="the same command goes on from there"):
             compare([longer], model=tiny_model, data=data, out=out, seeds=1, on="ray")
     finally:
         ray.shutdown()

@@ -13,7 +13,6 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import luthier
-from luthier.comparing import compare
 from luthier.comparison import Comparison
 from luthier.errors import LuthierError
 from luthier.narrate import Silent
@@ -21,6 +20,7 @@ from luthier.outputs import keep, kept
 from luthier.statistics.exact import mcnemar
 from luthier.trials import gather as gathering
 from luthier.trials import work as workshop
+from luthier.trials.comparing import compare
 from luthier.trials.design import Design
 from luthier.trials.desk import Desk
 from luthier.trials.gather import gather

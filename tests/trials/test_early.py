@@ -12,12 +12,12 @@ import pytest
 
 import luthier
 from luthier.call import Call
-from luthier.comparing import compare
 from luthier.errors import LuthierError
 from luthier.narrate import Silent
 from luthier.recipe.text import build
-from luthier.stages import Paused, pause_step
+from luthier.training.stages import Paused, pause_step
 from luthier.trials import early, work
+from luthier.trials.comparing import compare
 from luthier.trials.design import Asked, Design, Trial
 from luthier.trials.desk import Desk
 from luthier.trials.early import Early
@@ -344,7 +344,7 @@ def test_one_seed_in_common_is_no_pair(tiny_model, data, tmp_path, monkeypatch):
 
 def begun(folder: Path, tiny_model, data, spec: str = "start=4,share=0.5,keep=2") -> Desk:
     """A comparison that is designed and not done."""
-    from luthier.comparing import designed
+    from luthier.trials.comparing import designed
 
     designed([FT], model=str(tiny_model), data=data, out=folder, early=spec)
     return Desk(folder)
@@ -427,7 +427,7 @@ def test_a_search_other_seeds_and_streams_that_vary_cannot_be_beside_it(tiny_mod
 
 def rows_of(part, share: float, tiny_model, data) -> list[str]:
     """Why runs of ``part`` cannot be chosen among at ``share``."""
-    from luthier.job import prepare
+    from luthier.training.job import prepare
     from luthier.trials.misleading import misleads
 
     faults = misleads(prepare(part, model=str(tiny_model), data_source=data).plan, share)
@@ -486,7 +486,7 @@ def test_every_recipe_that_misleads_is_named_before_the_first_run(tiny_model, da
 
 
 def test_without_validation_rows_there_is_nothing_to_choose_by(tiny_model, data):
-    from luthier.job import prepare
+    from luthier.training.job import prepare
     from luthier.trials.misleading import misleads
 
     plan = prepare(FT, model=str(tiny_model), data_source=data).plan

@@ -14,12 +14,12 @@ import pytest
 import luthier
 from luthier import cli
 from luthier.call import Call
-from luthier.comparing import compare, designed
 from luthier.errors import LuthierError, MissingExtra
 from luthier.narrate import Silent
 from luthier.recipe.text import read
 from luthier.trials import proposals
 from luthier.trials import work as workshop
+from luthier.trials.comparing import compare, designed
 from luthier.trials.design import Asked, Design
 from luthier.trials.desk import Desk
 from luthier.trials.search import SEED, Search

@@ -20,11 +20,11 @@ import pytest
 
 import luthier
 from luthier import checkpoint
-from luthier.comparing import compare, designed, finish, jobs, tell
 from luthier.errors import LuthierError
 from luthier.folder import RunFolder
 from luthier.narrate import Silent
-from luthier.stages import Stopped
+from luthier.training.stages import Stopped
+from luthier.trials.comparing import compare, designed, finish, jobs, tell
 from luthier.trials.design import Asked, Design, Trial
 from luthier.trials.desk import MOST_STARTS, Desk
 from luthier.trials.places import Place

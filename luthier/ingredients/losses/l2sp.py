@@ -40,7 +40,7 @@ def distance(weight: Tensor, start: Tensor | None) -> Tensor:
 class L2SP(Ingredient):
     """Adds alpha/2 ||w - w0||^2 for pretrained weights w and beta/2 ||v||^2 for new ones v to the loss.
 
-    w0 are the weights at the start of the stage. New are the head, and weights that were not there then (LoRA.s).
+    w0 are the weights at the start of the stage. New are the head, and weights that were not there then (LoRA's).
     Only trainable weights count. The defaults are the values of the authors' script.
 
     Args:
@@ -77,6 +77,12 @@ class L2SP(Ingredient):
             return loss
 
         return pulled
+
+    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
+        if not self.strength and not self.head_strength:
+            return None
+        new = {row.name for row in table.rows if row.part.role == "head" or row.part.canonical not in started}
+        return frozenset(row.name for row in table.rows if (self.head_strength if row.name in new else self.strength))
 
     def state_bytes(self, table: ParamTable) -> int:
         if not self.strength and not self.head_strength:

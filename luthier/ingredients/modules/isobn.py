@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Claim, Place, needs, wraps
-from luthier.core.context import Context
+from luthier.core.context import Context, Progress
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.modes import paused
 from luthier.core.table import ParamTable
@@ -68,17 +69,20 @@ class Scaling(nn.Module):
     deviation: Tensor
     scale: Tensor
     steps: Tensor
+    fitted = False  # whether the layer was, before the stage
 
-    def __init__(self, weight: Tensor, where: str) -> None:
+    def __init__(self, weight: Tensor, where: str, progress: Progress) -> None:
         super().__init__()
         ones = torch.ones_like(weight[0], dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
         self.register_buffer("covariance", torch.outer(ones, ones) * 0)
         self.register_buffer("deviation", ones * 0)
         self.register_buffer("scale", ones)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
-        self.where, self.handles = where, list[Any]()
+        self.where, self.handles, self._progress = where, list[Any](), progress
         self._dropped: tuple[Any, Any] = None, None  # what the last dropout gave, and what it was given
         self._seen: Moments | None = None  # of this step so far
+        # Micro-batches of this step: what passes them again is no new row, and may be perturbed.
+        self._heard: set[int] = set()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hear(self, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
@@ -91,7 +95,8 @@ class Scaling(nn.Module):
         if features.dim() != 2:
             raise _unfit(self.where, tuple(features.shape))
         (out, before), self._dropped = self._dropped, (None, None)
-        if self.training:
+        if self.training and self._progress.part not in self._heard:
+            self._heard.add(self._progress.part)
             new = moments(before if out is features else features)  # before dropout, as in the paper
             self._seen = new if self._seen is None else merged(self._seen, new)
         return (features * self.scale.clone()).to(features.dtype), *given[1:]
@@ -102,6 +107,7 @@ class Scaling(nn.Module):
         none = self.scale.new_zeros(()), self.deviation * 0, self.covariance * 0
         rows, _, scatter = _together(self._seen or none)
         self._seen = None
+        self._heard.clear()
         if rows < 2 or not torch.isfinite(scatter).all():
             return
         self.steps += 1
@@ -116,8 +122,10 @@ class IsoBN(Ingredient):
     """Scales the inputs of the head's last linear layer by k theta (``isotropic``); no gradient, no mean.
 
     The scale is made anew after each step and holds for every forward pass until the next, so that micro-batches and
-    repeated evaluations see one function; before the first step it is 1. At the end it goes into the layer's weight,
-    W <- W diag(k theta): a plain model with the same outputs.
+    repeated evaluations see one function; before the first step it is 1. The weight of a head that was fitted before the
+    stage takes each change of the scale back, W <- W diag(old / new), so that its logits do not jump and the scale
+    speaks through the gradient alone; that of a fresh head, whose bias is all zero, does not. At the end the scale goes
+    into the weight, W <- W diag(k theta): a plain model with the same outputs.
 
     Args:
         momentum: the weight of a step's statistics in the running ones.
@@ -139,7 +147,8 @@ class IsoBN(Ingredient):
         if not self.beta:
             return
         linear = _output(model, ctx.anatomy)
-        scaling = Scaling(linear.weight, ctx.anatomy.output or "")
+        scaling = Scaling(linear.weight, ctx.anatomy.output or "", ctx.progress)
+        scaling.fitted = linear.weight.is_meta or linear.bias is None or bool(linear.bias.any())
         scaling.handles.append(linear.register_forward_pre_hook(scaling.take))
         stack = ctx.anatomy.block_names[0].rpartition(".")[0]
         for name, module in model.named_modules():
@@ -147,9 +156,17 @@ class IsoBN(Ingredient):
                 scaling.handles.append(module.register_forward_hook(scaling.hear))
         linear.add_module("isobn", scaling)
 
+    @torch.no_grad()
     def watch(self, model: nn.Module, ctx: Context) -> None:
-        if self.beta:
-            _scaling(model, ctx.anatomy).update(self.momentum, self.eps, self.beta)
+        if not self.beta:
+            return
+        scaling, linear = _scaling(model, ctx.anatomy), model.get_submodule(ctx.anatomy.output or "")
+        before = scaling.scale.clone()
+        scaling.update(self.momentum, self.eps, self.beta)
+        if scaling.fitted and type(linear) is nn.Linear:
+            linear.weight.mul_(before / scaling.scale)
+        elif scaling.fitted:
+            ctx.note("isobn: mixout holds the head as it was fitted, so its logits jump with the scale.")
 
     @torch.no_grad()
     def finish(self, model: nn.Module, ctx: Context) -> None:
@@ -198,6 +215,8 @@ def _output(model: nn.Module, anatomy: Anatomy) -> nn.Linear:
     """
     linear = model.get_submodule(anatomy.output) if anatomy.output else None
     where = anatomy.output or "the head"
+    if linear is not None and is_parametrized(linear, "weight"):
+        raise _unfit(where, "one that mixout mixes", "Write isobn before mixout.")
     if linear is None or type(linear) is not nn.Linear:
         raise _unfit(where, type(linear).__name__ if linear else "none")
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -214,6 +233,6 @@ def _output(model: nn.Module, anatomy: Anatomy) -> nn.Linear:
     return linear
 
 
-def _unfit(where: str, got: object) -> ModelError:
+def _unfit(where: str, got: object, do: str = "Drop isobn for this model.") -> ModelError:
     must = "must be a linear layer of its own that reads one vector a row, shape (rows, features)"
-    return ModelError.of([Fault(where, must, str(got), "Drop isobn for this model.")], "isobn")
+    return ModelError.of([Fault(where, must, str(got), do)], "isobn")

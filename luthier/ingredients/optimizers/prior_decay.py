@@ -74,6 +74,8 @@ class PriorDecay(Ingredient):
 
         def before(optimizer: Optimizer, args: Any, named: Any) -> None:
             decays[:] = [group["weight_decay"] for group in optimizer.param_groups]
+            if getattr(optimizer, "found_inf", None):  # a gradient scaler's: the step will be left out
+                return
             for group in optimizer.param_groups:
                 if parts.keys().isdisjoint(group["names"]):
                     continue
@@ -98,6 +100,12 @@ class PriorDecay(Ingredient):
         inner.register_step_pre_hook(before)
         inner.register_step_post_hook(after)
         return inner
+
+    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
+        if not self.weight_decay:
+            return None
+        chosen = table.select(self.where)
+        return frozenset(row.name for row in table.rows if row.name in chosen and self._pulls(row.part))
 
     def state_bytes(self, table: ParamTable) -> int:
         """One copy of the weights as they were."""

@@ -5,7 +5,7 @@ Source: Lee, Cho, Kang, ICLR 2020 (arXiv:1909.11299), equation 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal, cast
 
 import torch
@@ -13,12 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from luthier.core.anatomy import canonical
+from luthier.core.anatomy import Anatomy, canonical
 from luthier.core.claims import Claim, Place, needs, owns
 from luthier.core.context import Context, Tensors
 from luthier.core.ingredient import Ingredient, ingredient
-from luthier.core.table import ParamTable
-from luthier.errors import Fault, RunError
+from luthier.core.perturb import Draws
+from luthier.core.table import ParamTable, Row
 
 _MIXED = ".parametrizations.weight.original"
 
@@ -41,11 +41,7 @@ class Mixing(nn.Module):
     """The parametrization of one weight. Its target is a buffer, so it is saved and moved with the model.
 
     The mask is drawn from the ingredient's own stream, named by the weight, the step, the micro-batch and the number of the
-    forward pass inside the evaluation: the same evaluation made twice sees the same masks. A forward pass that gradient
-    checkpointing repeats inside the backward pass gets the mask it had; of several, the last one first, as backward passes go.
-
-    Raises (when called):
-        RunError: gradient checkpointing repeats a forward pass that it first made without gradients (``use_reentrant=True``).
+    forward pass inside the evaluation (see ``Draws``).
     """
 
     target: Tensor
@@ -54,8 +50,7 @@ class Mixing(nn.Module):
         super().__init__()
         self.register_buffer("target", target)
         self._p, self._shape, self._name, self._ctx = p, shape, name, ctx
-        self._step, self._turn, self._passes = -1, -1, 0
-        self._drawn: list[int] = []  # seeds of this step's passes that a backward pass may repeat
+        self.draws: Draws[int] = Draws(ctx.progress, signer="mixout", where=name)
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training or self._p == 0.0 or weight.is_meta:
@@ -64,27 +59,12 @@ class Mixing(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _kept(self, weight: Tensor) -> Tensor:
-        draw = torch.Generator(weight.device).manual_seed(self._seed())
+        draw = torch.Generator(weight.device).manual_seed(self.draws.next(self._named))
         kept = torch.empty(self._shape, dtype=weight.dtype, device=weight.device)
         return kept.bernoulli_(1.0 - self._p, generator=draw)
 
-    def _seed(self) -> int:
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, as torch.utils.checkpoint asks it
-            if not self._drawn:
-                do = "Say gradient_checkpointing_kwargs={'use_reentrant': False}, or leave checkpointing off."
-                must = "must see again the mask of the forward pass that is repeated"
-                raise RunError.of([Fault(self._name, must, do=do)], "mixout")
-            return self._drawn.pop()
-        progress = self._ctx.progress
-        if progress.step != self._step:
-            self._drawn.clear()
-        if (progress.step, progress.turn) != (self._step, self._turn):
-            self._step, self._turn, self._passes = progress.step, progress.turn, 0
-        seed = self._ctx.seed_of(self._name, progress.part, self._passes)
-        self._passes += 1
-        if torch.is_grad_enabled():
-            self._drawn.append(seed)
-        return seed
+    def _named(self, number: int) -> int:
+        return self._ctx.seed_of(self._name, self._ctx.progress.part, number)
 
 
 @ingredient
@@ -95,7 +75,7 @@ class Mixout(Ingredient):
         p: the chance that a weight is put back.
         mask: ``column`` draws once for each input of a layer, as in the paper; ``element`` once for each weight.
         where: selectors of the weights.
-        dropout: whether dropout inside the blocks stays on; the paper's mixout takes its place.
+        dropout: whether dropout before mixed layers stays on; the paper's mixout takes its place.
     """
 
     p: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -129,11 +109,9 @@ class Mixout(Ingredient):
             parametrize.register_parametrization(module, "weight", mixing, unsafe=True)
             names.append(name)
         if self.p and not self.dropout:
-            blocks = [
-                block for block in ctx.anatomy.block_names if any(f"{name}.".startswith(f"{block}.") for name in names)
-            ]
             before = {
-                f"{name}.{field}": torch.tensor(p, dtype=torch.float64) for name, field, p in _dropouts(model, blocks)
+                f"{name}.{field}": torch.tensor(p, dtype=torch.float64)
+                for name, field, p in _dropouts(model, ctx.anatomy, names)
             }
             ctx.keep("dropout", lambda: Tensors(before))
             for at in before:
@@ -153,10 +131,23 @@ class Mixout(Ingredient):
         for name, p in ctx.keep("dropout", Tensors).items():
             _set(model, name, float(p))
 
+    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
+        return frozenset(row.name for row in self._mixed(table)) if self.p else None
+
     def state_bytes(self, table: ParamTable) -> int:
-        """One more copy of what is mixed; the table is that of the model after surgery."""
+        """The start of all that is named, and the mixed weights (with ``element`` their masks too), which wait for the backward pass.
+
+        Those of one forward pass; a loss of several, such as r_drop's, keeps as much for each.
+        """
         chosen = table.select(self.where)
-        return sum(row.part.bytes for row in table.rows if row.name in chosen and row.name.endswith(_MIXED))
+        start = sum(row.part.bytes for row in table.rows if row.name in chosen)
+        kept = (1 + (self.mask == "element")) * sum(row.part.bytes for row in self._mixed(table))
+        return start + (kept if 0.0 < self.p < 1.0 else 0)
+
+    def _mixed(self, table: ParamTable) -> list[Row]:
+        """The rows of what is mixed; the table is that of the model after surgery."""
+        chosen = table.select(self.where)
+        return [row for row in table.rows if row.name in chosen and row.name.endswith(_MIXED)]
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -176,15 +167,31 @@ def _tied(model: nn.Module) -> set[int]:
     return twice
 
 
-def _dropouts(model: nn.Module, blocks: list[str]) -> Iterator[tuple[str, str, float]]:
-    """Every dropout in ``blocks`` that is on, as (module, field, chance).
+def _dropouts(model: nn.Module, anatomy: Anatomy, mixed: Collection[str]) -> Iterator[tuple[str, str, float]]:
+    """Every dropout that is on and stands before a layer called in ``mixed``, as (module, field, chance).
 
+    That is the dropout in blocks that hold one; what feeds the lowest block where that does, or the embeddings; and what stands between
+    the blocks and the head's layers where one of those is mixed.
     Modules have it as ``p``; layers that call the functional form, such as Llama's and T5's attention, as a number of their own
     whose name says dropout.
     """
-    inside = tuple(f"{block}." for block in blocks)
+    roles = {part.name: part.role for part in anatomy.parts}
+    within = [block for block in anatomy.block_names if any(f"{name}.".startswith(f"{block}.") for name in mixed)]
+    inside = tuple(f"{block}." for block in within)
+    below = anatomy.block_names[0] in within or any(roles[f"{name}.weight"] == "embeddings" for name in mixed)
+    above = any(roles[f"{name}.weight"] == "head" for name in mixed)
+    stack = anatomy.block_names[0].rpartition(".")[0]
+    heads = [name for name, role in roles.items() if role == "head"]
+    reached = False
     for name, module in model.named_modules():
-        if not f"{name}.".startswith(inside):
+        reached |= name == stack
+        holder = name.rpartition(".")[0]
+        if f"{name}.".startswith(f"{stack}."):
+            wanted = f"{name}.".startswith(inside)
+        else:  # beside the blocks in a module without the head is before them: T5's encoder uses its dropout on both sides
+            beside = _holds(holder, stack) and not any(_holds(holder, head) for head in heads)
+            wanted = below if not reached or beside else above
+        if not wanted:
             continue
         if isinstance(module, nn.Dropout):
             fields = ["p"]
@@ -193,6 +200,10 @@ def _dropouts(model: nn.Module, blocks: list[str]) -> Iterator[tuple[str, str, f
         for field in fields:
             if getattr(module, field) > 0:
                 yield name, field, getattr(module, field)
+
+
+def _holds(module: str, name: str) -> bool:
+    return not module or name.startswith(f"{module}.")
 
 
 def _set(model: nn.Module, at: str, p: float) -> None:

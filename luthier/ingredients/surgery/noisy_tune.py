@@ -75,3 +75,7 @@ class NoisyTune(Ingredient):
             weight.copy_(perturbed(weight, draw, self.strength))
         if left:
             ctx.note(f"noisy_tune leaves {len(left)} quantised tensors alone, such as {left[0]}.")
+
+    def finish(self, model: nn.Module, ctx: Context) -> None:
+        if self.strength and hasattr(model, "peft_config"):
+            ctx.note("noisy_tune: the adapter that lora saves belongs to the weights with noise, not to those without.")

@@ -17,9 +17,9 @@ from luthier.core.stream import Shuffled
 from luthier.errors import ConflictError, DataError, RecipeError
 from luthier.ingredients.data.lengths import Lengths
 from luthier.ingredients.data.out_domain import OutDomain, chosen
-from luthier.job import prepare
 from luthier.recipe.text import build, read
 from luthier.testing import check_ingredient
+from luthier.training.job import prepare
 from tests.little import recipe, same, sentences, weights
 
 STREAM = Shuffled((5,) * 10, 4, seed=0, spare=(6, 7, 8, 9))
@@ -204,7 +204,7 @@ def test_a_stage_starts_from_the_best_weights_of_the_one_before_and_a_new_optimi
                 ({name: value.clone() for name, value in model.state_dict().items()}, dict(self.optimizer.state))
             )
 
-    import luthier.stages as stages
+    import luthier.training.stages as stages
 
     real, stages.Run = stages.Run, Watch  # type: ignore[misc]
     try:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from luthier import stages
 from luthier.core.claims import Claim, Place, needs, owns, scales, wraps
 from luthier.core.context import Context
 from luthier.core.groups import groups_of
@@ -30,10 +29,11 @@ from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.mixout import Mixout
-from luthier.job import prepare
 from luthier.placement import Placement
 from luthier.run import Run, begin, own_loss
 from luthier.testing import check_ingredient
+from luthier.training import stages
+from luthier.training.job import prepare
 from tests.little import recipe, sentences
 from tests.tiny import FAMILIES, tiny
 

@@ -12,17 +12,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
-from luthier.core.claims import Place, needs, wraps
+import luthier
+from luthier.core.anatomy import Anatomy
+from luthier.core.claims import Claim, Place, needs, owns, wraps
+from luthier.core.context import Context, Progress
+from luthier.core.groups import groups_of
+from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import ConflictError, ModelError, RecipeError
 from luthier.ingredients.averaging.swa import SWA
+from luthier.ingredients.losses.freelb import FreeLB
+from luthier.ingredients.losses.r_drop import RDrop
+from luthier.ingredients.losses.smart import SMART
 from luthier.ingredients.modules import isobn
 from luthier.ingredients.modules.isobn import IsoBN, Scaling, isotropic, merged, moments
 from luthier.ingredients.optimizers.mezo import MeZO
+from luthier.ingredients.optimizers.sam import SAM
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.run import Run, begin
+from tests.little import recipe, sentences
 from tests.tiny import tiny
+
+
+@ingredient
+class PlainSGD(Ingredient):
+    """SGD, which hides no factor of the gradient."""
+
+    def touches(self) -> tuple[Claim, ...]:
+        return (owns(Place.OPTIMIZER),)
+
+    def optimizer(self, inner: Optimizer, ctx: Context) -> Optimizer:
+        return SGD(groups_of(inner), lr=1.0)
+
 
 VECTORS = ("bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet", "modernbert")
 
@@ -85,7 +108,7 @@ def test_the_moments_of_two_rows() -> None:
 def test_the_running_statistics_are_an_average_with_weights_that_sum_to_one() -> None:
     # Variances 1 and 4. With momentum 1/2 the first step counts whole; at the second 1/2 of 1/2 + 1/4, that is 2/3:
     # C = 1 + 2/3 (4 - 1) = 3, and the deviation 1 + 2/3 (2 - 1) = 5/3.
-    scaling = Scaling(torch.ones(1, 1, dtype=torch.float64), "head")
+    scaling = Scaling(torch.ones(1, 1, dtype=torch.float64), "head", Progress(1))
     for number, (spread, expected) in enumerate([(1.0, (1.0, 1.0)), (2.0, (3.0, 5 / 3))], start=1):
         scaling.take(scaling, (torch.tensor([[5.0 - spread], [5.0 + spread]], dtype=torch.float64),))
         scaling.update(0.5, 1e-3, 0.5)
@@ -159,7 +182,7 @@ def test_what_does_not_vary_and_single_rows_leave_finite_numbers() -> None:
     assert isotropic(flat, torch.zeros(3, dtype=torch.float64), beta=0.5, eps=1e-3).tolist() == [1.0, 1.0, 1.0]
     flat[0, 0] = 1.0
     assert torch.isfinite(isotropic(flat, flat.diagonal().sqrt(), beta=0.5, eps=1e-3)).all()
-    scaling = Scaling(torch.ones(2, 3), "head")
+    scaling = Scaling(torch.ones(2, 3), "head", Progress(1))
     for features in (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, torch.inf]])):
         scaling.take(scaling, (features,))
         scaling.update(0.05, 1e-3, 0.5)
@@ -168,7 +191,7 @@ def test_what_does_not_vary_and_single_rows_leave_finite_numbers() -> None:
 
 
 def test_half_precision_features_are_measured_in_single_precision_also_under_autocast() -> None:
-    scaling = Scaling(torch.ones(2, 5, dtype=torch.bfloat16), "head")
+    scaling = Scaling(torch.ones(2, 5, dtype=torch.bfloat16), "head", Progress(1))
     features = drawn(0).to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         given_back = scaling.take(scaling, (features,))[0]
@@ -186,7 +209,7 @@ def test_it_is_the_authors_scale_with_statistics_divided_by_the_weight_they_have
     # Their running values begin at zero and have weight 1 - (1 - m)^t after t batches. Their formula, in float64.
     m, eps, beta = 0.05, 1e-3, 0.5
     covariance, deviation = np.zeros((5, 5)), np.zeros(5)
-    scaling = Scaling(torch.ones(2, 5, dtype=torch.float64), "head")
+    scaling = Scaling(torch.ones(2, 5, dtype=torch.float64), "head", Progress(1))
     for t in range(1, 8):
         features = drawn(t)
         scaling.take(scaling, (features,))
@@ -211,7 +234,11 @@ def test_it_keeps_the_contract() -> None:
 
 
 def test_it_claims_the_modules_and_training_mode_and_whole_weights() -> None:
-    assert IsoBN().touches() == (wraps(Place.MODULES), needs(Place.NOISE, "head"), needs(Place.WHOLE_WEIGHTS))
+    assert IsoBN().touches() == (
+        wraps(Place.MODULES),
+        needs(Place.NOISE, "head"),
+        needs(Place.WHOLE_WEIGHTS),
+    )
     with pytest.raises(ConflictError, match="noise of the forward pass"):
         begin(tiny("bert"), [IsoBN(), MeZO()], steps=1)
 
@@ -256,8 +283,9 @@ def test_a_head_that_cannot_be_tried_beforehand_is_refused_at_its_first_pass() -
 def test_a_missing_a_changed_and_a_shared_output_are_refused() -> None:
     with pytest.raises(RecipeError, match="the head.*got none"):
         begin(tiny("bert", head=False), [IsoBN()], steps=1)
-    with pytest.raises(RecipeError, match="ParametrizedLinear"):
+    with pytest.raises(RecipeError, match=r"got one that mixout mixes\.  Write isobn before mixout"):
         begin(tiny("bert"), [Mixout(where=("head",)), IsoBN()], steps=1)
+    begin(tiny("bert"), [IsoBN(), Mixout(where=("head",))], steps=1)
     model = tiny("bert")
     model.classifier.weight = nn.Parameter(torch.ones(3, 16))
     model.other = nn.Linear(16, 3)
@@ -298,7 +326,7 @@ def test_processes_share_their_statistics(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(isobn, "_summed", summed)
     monkeypatch.setattr(isobn.dist, "is_initialized", lambda: True)
-    features, made = drawn(3), [Scaling(torch.ones(2, 5, dtype=torch.float64), "head") for _ in range(2)]
+    features, made = drawn(3), [Scaling(torch.ones(2, 5, dtype=torch.float64), "head", Progress(1)) for _ in range(2)]
 
     def process(rank: int) -> None:
         mine.rank = rank
@@ -352,6 +380,104 @@ def test_validation_sees_the_scale_and_an_evaluation_made_twice_is_the_same() ->
     seen = run.model(**batch(5)).logits
     assert not torch.allclose(seen, plain, atol=1e-4)
     assert torch.equal(inside(run).scale, kept)
+
+
+@pytest.mark.parametrize(
+    ("others", "size"), [([SAM(rho=0.5)], 8), ([FreeLB()], 8), ([SMART()], 8), ([RDrop()], 8), ([SAM(), SMART()], 3)]
+)
+def test_each_row_of_a_step_counts_once_however_often_the_step_is_evaluated(others: list[Any], size: int) -> None:
+    run = begin(tiny("bert", dropout=0.1), [IsoBN(momentum=1.0), *others], learning_rate=1e-2, steps=2)
+    for step in range(2):
+        run.offer(run.closure(*parts(batch(step), size)))
+        assert inside(run)._seen is not None
+        assert inside(run)._seen[0].item() == 8.0
+        run.step()
+
+
+@pytest.mark.parametrize("other", [SAM(rho=0.5), SMART()])
+def test_the_statistics_are_those_of_the_pass_that_nothing_perturbs(other: Any) -> None:
+    found = []
+    for others in ([other], []):
+        run = begin(tiny("bert"), [IsoBN(momentum=1.0), *others], steps=1)
+        look(run, batch(0))
+        found.append(inside(run).covariance.clone())
+    assert torch.equal(*found)
+
+
+def fitted(family: str = "bert") -> nn.Module:
+    """A model whose head looks as if it had been trained: its bias is not zero."""
+    model = tiny(family).double()
+    output = model.get_submodule(str(Anatomy.of(model).output))
+    nn.init.constant_(output.bias, 0.5)  # type: ignore[arg-type]
+    nn.init.normal_(output.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_head_that_was_fitted_keeps_its_function_whatever_the_scale_does(family: str) -> None:
+    """Double precision: W / s times s x, 1e-12."""
+    run = begin(fitted(family), [IsoBN(momentum=0.5)], steps=3)
+    before = fitted(family)(**batch(9)).logits
+    for step in range(3):
+        old = inside(run).scale.clone()
+        run.train()
+        look(run, batch(step))
+        assert float((inside(run).scale / old - 1).abs().max()) > 0.05
+        run.model.eval()
+        torch.testing.assert_close(run.model(**batch(9)).logits, before, atol=1e-12, rtol=0)
+    run.finish()
+    torch.testing.assert_close(run.model(**batch(9)).logits, before, atol=1e-12, rtol=0)
+
+
+def test_a_fitted_head_learns_by_gradients_that_the_scale_weighs() -> None:
+    # logits = W diag(s) x: the step of SGD on W is s g, and so that of what a plain model would have, W diag(s), s^2 g.
+    run = begin(fitted(), [IsoBN(), PlainSGD()], learning_rate=1.0, steps=2)
+    look(run, batch(0))
+    scale, start = inside(run).scale.clone(), (run.model.classifier.weight * inside(run).scale).detach().clone()
+    model = fitted()
+    model(**batch(1)).loss.backward()
+    run.offer(run.closure(batch(1)))
+    run.step()
+    found = run.model.classifier.weight * inside(run).scale
+    torch.testing.assert_close(found, start - scale**2 * model.classifier.weight.grad, atol=1e-12, rtol=0)
+
+
+def test_a_fresh_head_is_scaled_as_in_the_paper() -> None:
+    # Its bias is zero. W x becomes W diag(s) x with the first scale, and W stays.
+    run = begin(tiny("bert").double(), [IsoBN()], steps=2)
+    weight = run.model.classifier.weight.detach().clone()
+    look(run, batch(0))
+    assert torch.equal(run.model.classifier.weight, weight)
+    with torch.no_grad():
+        run.model.eval()
+        pooled = run.model.bert(input_ids=batch(9)["input_ids"]).pooler_output
+        expected = (pooled * inside(run).scale) @ weight.T
+    torch.testing.assert_close(run.model(**batch(9)).logits, expected, atol=1e-13, rtol=0)
+
+
+def test_a_head_without_a_bias_counts_as_fitted() -> None:
+    model = tiny("bert").double()
+    model.classifier.bias = None
+    before = model(**batch(9)).logits
+    run = begin(model, [IsoBN()], steps=2)
+    look(run, batch(0))
+    run.model.eval()
+    torch.testing.assert_close(run.model(**batch(9)).logits, before, atol=1e-13, rtol=0)
+
+
+def test_after_a_solved_probe_a_rate_of_nothing_changes_no_answer(tiny_model, tmp_path) -> None:
+    told = []
+    for name, parts in (("plain", []), ("isobn", ["isobn"])):
+        made = recipe(["adamw", *parts], probe=True, lr=1e-9)
+        told.append(luthier.fit(made, model=tiny_model, data=sentences(), out=tmp_path / name).metrics["test"])
+    assert told[0]["accuracy"] == told[1]["accuracy"]
+    assert told[0]["nll"] == pytest.approx(told[1]["nll"], rel=1e-4)
+
+
+def test_where_mixout_holds_a_fitted_head_the_jump_is_said() -> None:
+    run = begin(fitted(), [IsoBN(), Mixout(where=("head",))], steps=2)
+    look(run, batch(0))
+    assert any("its logits jump" in note for note in run.notes)
 
 
 def test_an_average_of_the_weights_is_scaled_once() -> None:

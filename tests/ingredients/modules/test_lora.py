@@ -18,6 +18,7 @@ from luthier.core.anatomy import Family
 from luthier.core.claims import Place
 from luthier.core.context import Around
 from luthier.errors import ConflictError, LuthierError, MissingExtra, RunError
+from luthier.ingredients.modules.isobn import IsoBN
 from luthier.ingredients.modules.lora import LoRA
 from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.settings.anneal import Anneal
@@ -173,12 +174,10 @@ def test_the_adapter_is_saved_as_peft_loads_it(tiny_model, tmp_path):
     assert torch.allclose(theirs(input_ids=rows).logits, merged(input_ids=rows).logits, atol=1e-5)
 
 
-def saved(model: torch.nn.Module, path, **fields) -> torch.Tensor:
-    """Trains, saves the adapter at ``path`` and gives the merged model's logits."""
-    plan = compose(
-        Recipe(name="x", stages=(Stage(ingredients=(LoRA(r=2, **fields),), steps=2, learning_rate=1e-1),)),
-        skeleton(model),
-    )
+def saved(model: torch.nn.Module, path, *, before=(), after=(), **fields) -> torch.Tensor:
+    """Trains with what stands before it and after it, saves the adapter at ``path`` and gives the merged model's logits."""
+    stage = Stage(ingredients=(*before, LoRA(r=2, **fields), *after), steps=2, learning_rate=1e-1)
+    plan = compose(Recipe(name="x", stages=(stage,)), skeleton(model))
     run = Run(plan.stages[0], model, seed=0, around=Around(sample=[BATCH]), folder=path)
     for _ in range(2):
         run.offer(run.closure(BATCH))
@@ -197,6 +196,18 @@ def test_peft_loads_the_adapter_of_every_family(family, fields, tmp_path):
     theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "adapter").eval()
     assert torch.allclose(theirs(**BATCH).logits, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
     assert not torch.allclose(tiny(family)(**BATCH).logits, merged, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("other", [Mixout(p=0.5, where=("head",)), IsoBN()])
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_peft_loads_the_adapter_wherever_others_that_change_the_head_stand(at, other, family, tmp_path):
+    merged = saved(tiny(family), tmp_path, **{at: (other,)})
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    names = set(tiny(family).state_dict())
+    assert all(name.removeprefix("base_model.model.") in names for name in kept if ".lora_" not in name)
+    theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "adapter").eval()
+    assert torch.allclose(theirs(**BATCH).logits, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "deberta-v2"])

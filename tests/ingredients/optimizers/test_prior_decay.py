@@ -278,6 +278,21 @@ def test_frozen_weights_stay_where_they_are() -> None:
     assert all(name.startswith(("classifier", "bert.encoder.layer.2.")) for name in moved)
 
 
+def test_a_step_that_a_gradient_scaler_leaves_out_moves_nothing() -> None:
+    # The fused AdamW is asked for its step all the same, hooks and all, and told that there was an infinity.
+    model = tiny("bert")
+    run = begin(model, [PriorDecay(weight_decay=5.0)], learning_rate=1e-2, steps=4)
+    train(run, 0, 2)
+    before = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    scaler.scale(run.loss(model, batch(2)) * 1e3).backward()
+    run.step(scaler.step)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    planned = {row.name: row.weight_decay for row in run.plan.table.rows}
+    groups = run.optimizer.param_groups
+    assert all(group["weight_decay"] == planned[name] for group in groups for name in group["names"])
+
+
 def test_weights_that_were_not_there_at_the_start_are_pulled_to_zero() -> None:
     model = tiny("bert")
     order = [LoRA(r=1, target=("query",)), PlainSGD(), PriorDecay(weight_decay=0.5)]

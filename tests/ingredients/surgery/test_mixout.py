@@ -17,7 +17,7 @@ from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.surgery.mixout import Mixing, Mixout, mixed
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
-from tests.tiny import tiny
+from tests.tiny import FAMILIES, tiny
 
 BATCH = {"input_ids": torch.arange(3, 35).reshape(4, 8), "labels": torch.tensor([0, 1, 2, 0])}
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -170,16 +170,21 @@ def test_a_closure_evaluated_twice_gives_the_same_loss():
     assert torch.equal(closure.loss(), closure.loss())
 
 
-def test_dropout_inside_the_blocks_is_off_and_comes_back():
+def on(model: nn.Module) -> dict[str, float]:
+    return {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0}
+
+
+def test_dropout_before_mixed_layers_is_off_and_comes_back():
     model = tiny("bert", dropout=0.2)
+    before = on(model)
     run = attached(model, p=0.5)
-    inside = [
-        module for name, module in model.named_modules() if isinstance(module, nn.Dropout) and "encoder.layer" in name
-    ]
-    assert {module.p for module in inside} == {0.0}
-    assert model.dropout.p == pytest.approx(0.2)
+    assert on(model) == {"dropout": 0.2}  # before the head, which is not mixed
     run.finish()
-    assert {module.p for module in inside} == {0.2}  # to the bit
+    assert on(model) == before  # to the bit
+    run = attached(model, p=0.5, where=("all",))
+    assert on(model) == {}
+    run.finish()
+    assert on(model) == before
     loud = tiny("bert", dropout=0.2)
     attached(loud, p=0.5, dropout=True)
     assert loud.bert.encoder.layer[0].output.dropout.p == pytest.approx(0.2)
@@ -190,9 +195,38 @@ def test_dropout_stays_on_in_blocks_that_are_not_mixed():
     attached(model, p=0.5, where=("top:1", "head"))
     layers = model.bert.encoder.layer
     assert [layer.output.dropout.p for layer in layers] == [0.2, 0.2, 0.0]
+    assert (model.bert.embeddings.dropout.p, model.dropout.p) == (0.2, 0.0)
     other = tiny("bert", dropout=0.2)
-    attached(other, p=0.5, where=("head",))
-    assert [layer.output.dropout.p for layer in other.bert.encoder.layer] == [0.2, 0.2, 0.2]
+    attached(other, p=0.5, where=("block:0",))
+    assert [layer.output.dropout.p for layer in other.bert.encoder.layer] == [0.0, 0.2, 0.2]
+    assert (other.bert.embeddings.dropout.p, other.dropout.p) == (0.0, 0.2)
+
+
+def hangs_on_the_seed(run: Run, *, body: bool) -> bool:
+    """Whether outputs in training mode do, the body being in it or not; the seed of the masks stays the same."""
+    rows, told = {"input_ids": BATCH["input_ids"], "attention_mask": torch.ones_like(BATCH["input_ids"])}, []
+    run.train()
+    run.model.base_model.train(body)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run.progress.turn += 1
+        told.append(run.model(**rows).logits)
+    return not torch.equal(*told)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_has_dropout_left_before_what_is_mixed(family):
+    model = tiny(family, dropout=0.3)
+    run = attached(model, p=0.5, where=("all",))
+    assert not hangs_on_the_seed(run, body=True)
+    run.finish()
+    run = attached(model, p=0.5, where=("head",))
+    assert not hangs_on_the_seed(run, body=False)
+    assert hangs_on_the_seed(run, body=True)
+    run.finish()
+    run = attached(model, p=0.5)
+    without = family in ("gpt2", "llama", "qwen2", "t5")  # no dropout in the head
+    assert hangs_on_the_seed(run, body=True) is hangs_on_the_seed(run, body=False) is not without
 
 
 @pytest.mark.parametrize(("family", "path", "field"), [
@@ -240,7 +274,7 @@ def test_gradient_checkpointing_repeats_the_masks(passes):
 
 
 def test_checkpointing_that_cannot_repeat_the_masks_is_refused():
-    with pytest.raises(RunError, match=r"mask of the forward pass that is repeated.*'use_reentrant': False"):
+    with pytest.raises(RunError, match=r"the noise of the forward pass that is repeated.*'use_reentrant': False"):
         gradients(checkpointing=False, passes=1)
 
 
@@ -274,10 +308,38 @@ def test_compiled_it_draws_the_same_masks():
     assert len(set(told[0])) == 3
 
 
-def test_the_plan_counts_one_more_copy_of_what_is_mixed():
-    # a block: four (16, 16) of attention, (32, 16) and (16, 32): 2048 weights of 4 bytes
-    run = attached(p=0.5, where=("top:1",))
-    assert Mixout(p=0.5, where=("top:1",)).state_bytes(run.plan.table) == 4 * 2048
+@pytest.mark.parametrize(("mask", "passes"), [("column", 1), ("element", 2)])
+def test_the_plan_counts_the_start_and_what_waits_for_the_backward_pass(mask, passes):
+    # A block: four (16, 16) of attention, (32, 16) and (16, 32): 2048 weights of 4 bytes; biases and norms make it 2224.
+    run = attached(p=0.5, mask=mask, where=("top:1",))
+    made = Mixout(p=0.5, mask=mask, where=("top:1",))
+    assert (
+        made.state_bytes(run.plan.table)
+        == 4 * 2224 + passes * 4 * 2048
+        == sum(value.numel() * 4 for value in run._start.values()) + (saved(run) - saved(attached(p=0.0)) + slack(mask))
+    )
+    assert Mixout(p=0.0, where=("top:1",)).state_bytes(run.plan.table) == 4 * 2224
+
+
+def slack(mask: str) -> int:
+    """The masks by column, which are not counted: 5 of 16 and one of 32."""
+    return -4 * (5 * 16 + 32) if mask == "column" else 0
+
+
+def saved(run: Run) -> int:
+    """Bytes beside weights and buffers that a forward pass keeps for its backward pass."""
+    own = {value.untyped_storage().data_ptr() for value in (*run.model.parameters(), *run.model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in own:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = run.loss(run.model, BATCH)
+    assert loss.requires_grad
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
 
 
 def test_quantised_weights_are_left_alone_and_it_is_said():

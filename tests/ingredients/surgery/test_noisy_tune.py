@@ -15,6 +15,7 @@ from luthier.core.claims import Place, owns, wraps
 from luthier.core.context import Context, Progress, Shelf
 from luthier.errors import ConflictError, RecipeError
 from luthier.ingredients.losses.l2sp import L2SP
+from luthier.ingredients.modules.lora import LoRA
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.ingredients.surgery.noisy_tune import NoisyTune, perturbed
 from luthier.run import Run, begin
@@ -295,6 +296,19 @@ def test_mixout_mixes_with_the_noisy_or_the_clean_weights_as_is_said(reference) 
     noisy = alone.get_submodule(QUERY).weight
     assert torch.equal(mixing.original, noisy)  # mixout has moved the weight; the noise finds it, and is the same
     assert torch.equal(mixing[0].target, noisy if reference == "noisy" else clean.get_submodule(QUERY).weight)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("reference", ["noisy", "clean"])
+def test_that_an_adapter_belongs_to_the_noisy_weights_is_said(reference, first) -> None:
+    parts = [NoisyTune(reference=reference), LoRA(r=1)]
+    run = begin(tiny("bert"), parts if first else parts[::-1], steps=1)
+    run.finish()
+    assert sum("the adapter that lora saves belongs to the weights with noise" in note for note in run.notes) == 1
+    for others in ([NoisyTune()], [NoisyTune(strength=0.0), LoRA(r=1)]):
+        run = begin(tiny("bert"), others, steps=1)
+        run.finish()
+        assert not any("adapter" in note for note in run.notes)
 
 
 def test_it_cannot_share_weights_with_another_owner_of_the_start_weights() -> None:

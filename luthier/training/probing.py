@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from luthier import frozen, head
-from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.outputs import logits
 from luthier.placement import Placement
@@ -19,7 +17,9 @@ from luthier.quick import QuickRandom, quicken
 from luthier.sources import models
 from luthier.sources.checks import FEW_TO_CALIBRATE
 from luthier.stock import Arrays, key
-from luthier.trace import Trace
+from luthier.training import frozen, head
+from luthier.training.job import Job
+from luthier.training.trace import Trace
 
 
 def quickly(model: nn.Module, placement: Placement) -> AbstractContextManager[Any]:

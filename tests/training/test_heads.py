@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import luthier
-from luthier import fitting, stages
 from luthier.core.anatomy import Anatomy
 from luthier.core.heads import two_layers
 from luthier.core.seeds import borrowed
 from luthier.errors import ModelError, RecipeError
-from luthier.job import prepare
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.schema import schema
 from luthier.recipe.text import build, read, write
 from luthier.sources.models import digest, load
 from luthier.sources.tasks import Classification
+from luthier.training import fitting, stages
+from luthier.training.job import prepare
 from tests.little import KillsItself, in_a_child, same, sentences, weights
 from tests.tiny import tiny
 from tests.tinyfolder import tiny_config, tiny_tokenizer

@@ -19,12 +19,12 @@ from luthier.call import Call
 from luthier.core.ingredient import Outputs
 from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, LuthierError, ModelError
+from luthier.finished.reruns import gone, other_data
 from luthier.jsonfile import atomically, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import by_split, logits, scores
 from luthier.recipe import text as recipes
 from luthier.report import Report
-from luthier.reruns import gone, other_data
 from luthier.sources import data as sources
 from luthier.sources import models, tasks
 from luthier.sources.limits import pad_id

@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier import frozen
 from luthier.core.anatomy import Anatomy, select_all
 from luthier.core.closure import Closure
 from luthier.core.context import Around
 from luthier.core.ingredient import Outputs
 from luthier.core.seeds import derive, generator, remembered, reseed
 from luthier.errors import Fault, RunError
-from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.outputs import BATCH, logits, scores
 from luthier.placement import Placement
 from luthier.plan import StagePlan
-from luthier.probing import quickly
 from luthier.quick import QuickRandom, quicken
 from luthier.run import Run
 from luthier.sources import models
 from luthier.sources.text import collate
 from luthier.stock import key
-from luthier.trace import Hooks, Trace
+from luthier.training import frozen
+from luthier.training.job import Job
+from luthier.training.probing import quickly
+from luthier.training.trace import Hooks, Trace
 
 
 class Stopped(RunError):

@@ -12,8 +12,8 @@ import pytest
 
 import luthier
 from luthier.errors import DataError, LuthierError
+from luthier.finished.predictions import Predictions
 from luthier.narrate import Silent
-from luthier.predictions import Predictions
 from tests.little import recipe, sentences
 
 TEXTS = ["good film", "bad book", "the plot was fine"]
@@ -85,7 +85,7 @@ def test_what_is_no_number_is_null(tmp_path):
 
 
 def test_columns_where_predictions_would_stand_are_refused_before_anything_is_computed(runs, numbers, monkeypatch):
-    monkeypatch.setattr("luthier.predictions.reload", lambda folder: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("luthier.finished.predictions.reload", lambda folder: pytest.fail("a model was loaded"))
     rows = pd.DataFrame({"text": TEXTS, "prediction": 0, "p_good": 0.0, "p_other": 0.0})
     with pytest.raises(DataError) as told:
         luthier.predict(runs[0], rows)

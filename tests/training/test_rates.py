@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import luthier
-from luthier import rates, stages
 from luthier.errors import ConflictError, RunError
 from luthier.ingredients.settings.discriminative import Discriminative
-from luthier.job import prepare
 from luthier.narrate import Silent
 from luthier.placement import Placement
 from luthier.run import begin
+from luthier.training import rates, stages
+from luthier.training.job import prepare
 from tests.little import recipe, same, sentences, weights
 from tests.tiny import tiny
 

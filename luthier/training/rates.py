@@ -7,18 +7,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from luthier import stages
 from luthier.core.claims import Place
 from luthier.core.ingredient import Tries
 from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, RunError
-from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.placement import Placement
 from luthier.plan import Entry, Plan, StagePlan, compose, skeleton
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
-from luthier.trace import Hooks, Trace
+from luthier.training import stages
+from luthier.training.job import Job
+from luthier.training.trace import Hooks, Trace
 
 # An ingredient that claims nothing else takes part in a trial: schedules, optimizers, clipping.
 _TAKEN = {Place.LR, Place.DECAY, Place.OPTIMIZER, Place.GRADIENT}

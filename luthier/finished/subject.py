@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from luthier import stages
-from luthier.job import Job
 from luthier.outputs import logits
 from luthier.placement import Placement
-from luthier.replay import Replay
 from luthier.report import Report
 from luthier.sources.text import collate
 from luthier.studies import clusters, drift, drift_stages, forgetting
 from luthier.studies.kernel_regression import kernel_regressions
 from luthier.studies.ntk import ntk
+from luthier.training import stages
+from luthier.training.job import Job
+from luthier.training.replay import Replay
 
 Kind = Literal["ntk", "drift", "clusters", "forgetting"]
 KINDS: tuple[Kind, ...] = ("ntk", "drift", "clusters", "forgetting")

@@ -12,11 +12,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import luthier
-from luthier import frozen, probing, stages
 from luthier.core.anatomy import Anatomy
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import LuthierError
-from luthier.job import prepare
 from luthier.narrate import Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
@@ -24,7 +22,9 @@ from luthier.run import Run
 from luthier.sources.models import load
 from luthier.sources.tasks import Classification
 from luthier.sources.text import collate
-from luthier.trace import Trace
+from luthier.training import frozen, probing, stages
+from luthier.training.job import prepare
+from luthier.training.trace import Trace
 from tests.little import recipe, same, sentences, weights
 from tests.tinyfolder import tiny_folder
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.call import Call
-from luthier.changes import Change, changes, surroundings, wrapped
-from luthier.differing import Differences, differences
-from luthier.engine import fit
 from luthier.errors import DataError, Fault, LuthierError
+from luthier.finished.changes import Change, changes, surroundings, wrapped
+from luthier.finished.differing import Differences, differences
 from luthier.folder import environment, fresh, refuse
-from luthier.job import Columns, Job, prepare
 from luthier.jsonfile import plain
 from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
@@ -22,6 +20,8 @@ from luthier.recipe.recipe import Recipe
 from luthier.report import Report
 from luthier.sources.data import Split, digest
 from luthier.stock import Stock
+from luthier.training.engine import fit
+from luthier.training.job import Columns, Job, prepare
 
 # What the sum of floating-point numbers depends on, and how a cause is called: top-level names of environment.json.
 CAUSES = {

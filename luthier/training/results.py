@@ -17,12 +17,12 @@ from luthier.core.context import Progress, Shelf
 from luthier.core.ingredient import Findings, Outputs
 from luthier.errors import RunError
 from luthier.folder import RunFolder, environment
-from luthier.job import Job
 from luthier.narrate import Narrator
 from luthier.outputs import adjusted, by_split, keep, logits, scores
 from luthier.placement import Placement
 from luthier.report import Movement, Report, StageReport
-from luthier.trace import Trace
+from luthier.training.job import Job
+from luthier.training.trace import Trace
 
 MOST_MISTAKES = 20
 MOST_POINTS = 500

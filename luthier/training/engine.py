@@ -8,9 +8,7 @@ from typing import Any
 
 from luthier.call import Call
 from luthier.errors import LuthierError
-from luthier.fitting import Fitting, Saving
 from luthier.folder import RunFolder, refuse
-from luthier.job import Columns, prepare
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
 from luthier.quick import keep_memory
@@ -18,6 +16,8 @@ from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
 from luthier.report import Report
 from luthier.stock import Stock
+from luthier.training.fitting import Fitting, Saving
+from luthier.training.job import Columns, prepare
 
 
 def fit(

@@ -208,7 +208,7 @@ class Asks(Silent):
 def test_the_time_of_a_run_that_was_stopped_counts_in_its_report(tiny_model, tmp_path, monkeypatch):
     with monkeypatch.context() as slow:
         hours = count(step=3600)
-        slow.setattr("luthier.fitting.time", SimpleNamespace(monotonic=lambda: next(hours)))
+        slow.setattr("luthier.training.fitting.time", SimpleNamespace(monotonic=lambda: next(hours)))
         with pytest.raises(LuthierError, match="stopped on request at step 1"):
             fit(tiny_model, tmp_path / "run", "swa", narrator=Asks())
     report = fit(tiny_model, tmp_path / "run", "swa", resume=True)

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 import luthier
-from luthier import head
 from luthier.core.scores import softmax
-from luthier.head import solve_classification, solve_regression, write
+from luthier.training import head
+from luthier.training.head import solve_classification, solve_regression, write
 from tests.little import recipe, sentences
 
 

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier import checkpoint, probing, rates, replay, stages
+from luthier import checkpoint
 from luthier.core.anatomy import Anatomy
 from luthier.folder import RunFolder
-from luthier.job import Job
 from luthier.jsonfile import plain
-from luthier.movement import movement
 from luthier.narrate import Narrator
 from luthier.placement import Placement
 from luthier.plan import StagePlan
 from luthier.report import Report
-from luthier.results import conclude
 from luthier.run import Run
-from luthier.stages import Paused, Stopped
-from luthier.trace import Hooks, Trace
+from luthier.training import probing, rates, replay, stages
+from luthier.training.job import Job
+from luthier.training.movement import movement
+from luthier.training.results import conclude
+from luthier.training.stages import Paused, Stopped
+from luthier.training.trace import Hooks, Trace
 from luthier.units import forget_peak, memory_peak
 
 SAVE_SECONDS = 120.0  # between checkpoints, when no number of steps is given

@@ -11,7 +11,7 @@ import torch
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.soups import greedy, mean
+from luthier.finished.soups import greedy, mean
 from luthier.sources.models import reload
 from tests.little import recipe, sentences, weights
 from tests.tinyfolder import tiny_folder

@@ -8,12 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.changes import Change, between_recipes, changes, surroundings, wrapped
+from luthier.finished.changes import Change, between_recipes, changes, surroundings, wrapped
 from luthier.jsonfile import plain
 from luthier.report import Report, flat
 
 if TYPE_CHECKING:
-    from luthier.weights import Weights
+    from luthier.finished.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def differences(one: str | Path, other: str | Path) -> Differences:
     """
     first, second = Path(one), Path(other)
     before, after = Report.load(first), Report.load(second)
-    from luthier.weights import weights_between
+    from luthier.finished.weights import weights_between
 
     return Differences(
         str(one),

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.job import Job, prepare
 from luthier.narrate import Silent
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.text import build
-from luthier.replay import Replay, kept
+from luthier.training.job import Job, prepare
+from luthier.training.replay import Replay, kept
 from tests.little import Counts, KillsItself, in_a_child, same, sentences, weights
 
 PROBE = {"name": "probe", "solver": "exact", "ingredients": [{"freeze": {"keep": ["head"]}}]}

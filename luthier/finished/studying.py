@@ -10,15 +10,15 @@ from typing import Any
 
 from luthier import call
 from luthier.errors import Fault, LuthierError
-from luthier.job import Columns, prepare
+from luthier.finished.reruns import other_data, other_weights
+from luthier.finished.subject import KINDS, Kind, Study, Subject
 from luthier.jsonfile import plain, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
-from luthier.replay import Replay
 from luthier.report import Report
-from luthier.reruns import other_data, other_weights
 from luthier.sources import models
-from luthier.subject import KINDS, Kind, Study, Subject
+from luthier.training.job import Columns, prepare
+from luthier.training.replay import Replay
 
 __all__ = ["KINDS", "Kind", "Study", "study"]
 

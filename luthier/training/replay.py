@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier import probing, stages
 from luthier.errors import Fault, LuthierError
-from luthier.job import Job
 from luthier.jsonfile import atomically
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
 from luthier.plan import StagePlan
-from luthier.trace import Trace
+from luthier.training import probing, stages
+from luthier.training.job import Job
+from luthier.training.trace import Trace
 
 
 def kept(run: Path, stage: str) -> Path:

@@ -10,9 +10,9 @@ import torch
 
 import luthier
 from luthier.errors import RecipeError
-from luthier.job import prepare
 from luthier.recipe.text import build, read
 from luthier.sources.models import digest, load
+from luthier.training.job import prepare
 from tests.little import KillsItself, in_a_child, same, sentences, weights
 
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import luthier
 from luthier import cli
-from luthier.changes import Change, changes
-from luthier.differing import Score
 from luthier.errors import LuthierError
+from luthier.finished.changes import Change, changes
+from luthier.finished.differing import Score
+from luthier.finished.weights import Weights, weights_between
 from luthier.recipe.text import build
-from luthier.weights import Weights, weights_between
 from tests.little import recipe, sentences, weights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_the_command_shows_it_and_changes_no_file(runs, monkeypatch, capsys):
 
 
 def test_reading_recipes_and_environments_loads_no_torch():
-    work = "import sys; import luthier.differing, luthier.changes, luthier.call; print('torch' in sys.modules)"
+    work = "import sys; import luthier.finished.differing, luthier.finished.changes, luthier.call; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -14,13 +14,13 @@ from typing import Any
 from luthier.call import Call
 from luthier.comparison import Comparison
 from luthier.errors import Fault, LuthierError
-from luthier.job import Columns, Job, fits, prepare
 from luthier.jsonfile import unwritable
 from luthier.narrate import Narrator, Silent
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks
 from luthier.sources.data import digest
 from luthier.stock import Stock
+from luthier.training.job import Columns, Job, fits, prepare
 from luthier.trials import design as designs
 from luthier.trials import workers as crews
 from luthier.trials.design import Asked, Design

@@ -1,0 +1,1 @@
+"""One run, from a recipe, a model and data to a report."""
