@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import nn
 
@@ -29,20 +29,6 @@ from luthier.plan_view import as_json, as_text
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 
-_STRUCTURE = (Place.MODULES, Place.FORWARD_WEIGHTS)
-
-
-@runtime_checkable
-class Choosy(Protocol):
-    """An ingredient that works on some weights alone, which the plan requires to learn in the stage."""
-
-    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
-        """The live names of the weights it works on, frozen or not; None where its values tell it to do nothing.
-
-        Args:
-            started: canonical names of the weights that were there before the stage's surgery.
-        """
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,6 +45,11 @@ class Entry:
 
     def claims_any(self, *places: Place) -> bool:
         return any(claim.place in places for claim in self.claims)
+
+    @property
+    def structural(self) -> bool:
+        """Whether it changes the model's structure."""
+        return self.claims_any(Place.MODULES, Place.FORWARD_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,7 @@ def _stage(
     def context(entry: Entry, anatomy: Anatomy, steps: int) -> Context:
         return Context(anatomy, Progress(steps), recipe.seed, entry.key, entry.claims, shelf, notes)
 
-    structural = [entry for entry in entries if entry.claims_any(*_STRUCTURE) and entry.ingredient.uses("surgery")]
+    structural = [entry for entry in entries if entry.structural and entry.ingredient.uses("surgery")]
     try:
         for entry in structural:
             entry.ingredient.surgery(shape, context(entry, before, 0))
@@ -346,7 +337,7 @@ def _workless(entries: Sequence[Entry], before: Anatomy, table: ParamTable, labe
     for entry in entries:
         part = entry.ingredient
         named = all(_select(claim.where, before) for claim in entry.claims if claim.how == "needs")
-        works = part.works_on(table, started) if named and isinstance(part, Choosy) else None
+        works = part.works_on(table, started) if named else None
         if works is not None and not works & trainable:
             do = f"Choose others (luthier card {entry.name} says which it takes), or drop it."
             faults.append(Fault(f"{label} {entry.name}", must, "none", do))

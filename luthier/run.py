@@ -27,8 +27,6 @@ from luthier.errors import CheckpointError, Fault, ModelError, RunError
 from luthier.plan import Entry, StagePlan, compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 
-_STRUCTURE = (Place.MODULES, Place.FORWARD_WEIGHTS)
-
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a Hugging Face model computes itself when the batch holds labels, shape ()."""
@@ -249,7 +247,7 @@ class Run:
         """
 
         def turn(entry: Entry) -> int:
-            return 2 - entry.claims_any(*_STRUCTURE) * (1 + entry.owns(Place.TRAINABLE))
+            return 2 - entry.structural * (1 + entry.owns(Place.TRAINABLE))
 
         return sorted(self.plan.entries, key=turn)
 

@@ -133,6 +133,14 @@ class Ingredient:
         """Reads the trained model's outputs by split; changes nothing."""
         return None
 
+    def works_on(self, table: ParamTable, started: frozenset[str]) -> frozenset[str] | None:
+        """The live names of the weights it works on, of which the plan wants one that learns; None where that is not asked. Pure.
+
+        Args:
+            started: canonical names of the weights that were there before the stage's surgery.
+        """
+        return None
+
     def state_bytes(self, table: ParamTable) -> int:
         """Memory that it keeps beside weights and gradients, in bytes; pure."""
         return 0
