@@ -188,7 +188,7 @@ def against(runs: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
             "difference": found.interval.value,
             "low": found.interval.low,
             "high": found.interval.high,
-            "p": found.corrected,
+            "p": found.p_adjusted,
             "claimed": found.claimed,
         }
         for found in verdicts(pairs, test="t")

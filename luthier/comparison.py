@@ -14,7 +14,7 @@ from typing import Any
 from luthier.errors import Fault, LuthierError
 from luthier.jsonfile import plain, read_as, write_whole
 
-SCHEMA = 1  # of comparison.json; a field more is a new number
+SCHEMA = 2  # of comparison.json; a field more is a new number
 WIDTH = 80  # columns of summary()
 
 
@@ -102,10 +102,10 @@ class Versus:
         value, low, high: the difference seen and its interval, in the metric's own unit (0.02 is two points of accuracy); nan where
             the metric is not defined for one of the runs.
         by_seed: the difference of each seed; where streams vary apart, of each number that all of them have.
-        p: of ``test``; corrected: by Holm over ``comparisons``.
-        claimed: whether corrected < alpha and 0 lies outside the interval.
-        visible: the smallest true difference that would be claimed with chance 0.8; None where none would.
-        needed: seeds that would claim the difference seen with chance 0.8; None where no number would.
+        p: of ``test``; p_adjusted: corrected by Holm over ``comparisons``.
+        claimed: whether p_adjusted < alpha and 0 lies outside the interval.
+        detectable: the smallest true difference that would be claimed with chance 0.8; None where none would.
+        seeds_needed: seeds that would claim the difference seen with chance 0.8; None where no number would.
         sentence: the outcome in plain words.
     """
 
@@ -118,12 +118,12 @@ class Versus:
     high: float
     by_seed: tuple[float, ...]
     p: float
-    corrected: float
+    p_adjusted: float
     comparisons: int
     test: str
     claimed: bool
-    visible: float | None
-    needed: int | None
+    detectable: float | None
+    seeds_needed: int | None
     sentence: str
 
 
@@ -133,7 +133,7 @@ class Comparison:
 
     Args:
         outcome: plain sentences, what can be claimed first.
-        metric: what is compared; higher: whether more of it is better.
+        metric: what is compared; higher_is_better: whether more of it is.
         unit: how a difference is told: name (``points``), factor (100), digits (1).
         recipes: in the order given.
         best_of: by setting, by recipe: [{"n", "expected", "standard_deviation"}], E[best of n runs] on validation, of independent
@@ -148,7 +148,7 @@ class Comparison:
     """
 
     metric: str
-    higher: bool
+    higher_is_better: bool
     unit: dict[str, Any]
     recipes: tuple[str, ...]
     settings: tuple[Setting, ...]

@@ -225,15 +225,15 @@ def test_the_cards_count_recipes_seeds_settings_and_runs_by_state() -> None:
 
 
 def a_versus(
-    one: str, other: str, value: float, *, claimed: bool = False, corrected: float = 0.5, half: float = 0.01
+    one: str, other: str, value: float, *, claimed: bool = False, p_adjusted: float = 0.5, half: float = 0.01
 ) -> Versus:
     ends = (value - half, value + half)
-    return Versus("s", "test", one, other, value, *ends, (value,), 0.02, corrected, 3, "t", claimed, 0.02, 9, "")
+    return Versus("s", "test", one, other, value, *ends, (value,), 0.02, p_adjusted, 3, "t", claimed, 0.02, 9, "")
 
 
 def test_a_forest_has_a_row_each_with_value_interval_and_corrected_p_and_claims_are_squares() -> None:
     points = compared.scale_of(a_comparison(THREE))
-    rows = [a_versus("lp-ft", "ft", 0.021, claimed=True, corrected=0.0312), a_versus("ft", "probe", -0.004)]
+    rows = [a_versus("lp-ft", "ft", 0.021, claimed=True, p_adjusted=0.0312), a_versus("ft", "probe", -0.004)]
     svg = forest.forest(rows, points, title="test", within=(-0.02, 0.04), label="differences", name="f")
     told = drawn_text(svg)
     # 2.1 and its interval of one point either way
@@ -261,7 +261,7 @@ def test_of_105_differences_20_are_drawn_claims_first_and_the_page_says_where_th
     assert 20 < claims < 105
     assert f"On test: {claims} of 105 can be claimed. Drawn are the 20 that say most; 85 more are in the table." in text
     assert "All 105 differences" in text
-    rows = [a_versus(f"r{at}", "x", at / 100, claimed=at == 3, corrected=0.9 - at / 100) for at in range(30)]
+    rows = [a_versus(f"r{at}", "x", at / 100, claimed=at == 3, p_adjusted=0.9 - at / 100) for at in range(30)]
     kept = {one.one for one in forest.chosen(rows)}
     # the claim, and of the others the 19 with the smallest p: 29, 28, ..., 11
     assert kept == {"r3", *(f"r{at}" for at in range(11, 30))}
@@ -357,9 +357,12 @@ def test_the_table_of_scores_marks_the_best_mean_which_is_the_lowest_where_less_
 def test_the_table_of_differences_tells_what_could_be_seen_and_how_many_seeds_it_takes() -> None:
     base = a_comparison(THREE)
     one = replace(
-        a_versus("lp-ft", "ft", 0.021, claimed=True, corrected=0.031), setting="sst2-minilm", needed=1200, visible=None
+        a_versus("lp-ft", "ft", 0.021, claimed=True, p_adjusted=0.031),
+        setting="sst2-minilm",
+        seeds_needed=1200,
+        detectable=None,
     )
-    two = replace(one, claimed=False, needed=None, visible=0.034, split="ood_imdb")
+    two = replace(one, claimed=False, seeds_needed=None, detectable=0.034, split="ood_imdb")
     ((first, cells), (second, others)) = tables.versus(
         replace(base, versus=(two, one)), base.settings[0], compared.scale_of(base)
     )

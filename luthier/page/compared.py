@@ -98,7 +98,9 @@ def picture(comparison: Comparison, setting: str, *, split: str = "") -> str:
 
 def scale_of(comparison: Comparison) -> Scale:
     unit = comparison.unit
-    return Scale(comparison.metric, comparison.higher, str(unit["name"]), float(unit["factor"]), int(unit["digits"]))
+    return Scale(
+        comparison.metric, comparison.higher_is_better, str(unit["name"]), float(unit["factor"]), int(unit["digits"])
+    )
 
 
 def _title(comparison: Comparison) -> str:

@@ -94,14 +94,14 @@ def _level(one: Level, scale: Scale) -> tuple[str, ...]:
     return (one.recipe, *told, str(one.seeds), str(len(one.failed)) if one.failed else "–")
 
 
-VERSUS = ("split", "difference", "value", "interval", "p", "p (Holm)", "smallest visible", "seeds needed")
+VERSUS = ("split", "difference", "value", "interval", "p", "p (Holm)", "smallest detectable", "seeds needed")
 
 
 def versus(comparison: Comparison, setting: Setting, scale: Scale) -> list[tuple[bool, tuple[str, ...]]]:
     """(whether it is claimed, cells), in the order of the splits, claims first."""
     place = {split: at for at, split in enumerate(setting.splits)}
     here = [one for one in comparison.versus if one.setting == setting.name]
-    here.sort(key=lambda one: (place.get(one.split, len(place)), not one.claimed, one.corrected, -abs(one.value)))
+    here.sort(key=lambda one: (place.get(one.split, len(place)), not one.claimed, one.p_adjusted, -abs(one.value)))
     return [(one.claimed, _versus(one, scale)) for one in here]
 
 
@@ -112,9 +112,9 @@ def _versus(one: Versus, scale: Scale) -> tuple[str, ...]:
         scale.gap(one.value),
         f"{scale.score(one.low)} to {scale.score(one.high)}",
         chance(one.p),
-        chance(one.corrected),
-        "none" if one.visible is None else scale.score(one.visible),
-        "no number would do" if one.needed is None else f"{one.needed:,}",
+        chance(one.p_adjusted),
+        "none" if one.detectable is None else scale.score(one.detectable),
+        "no number would do" if one.seeds_needed is None else f"{one.seeds_needed:,}",
     )
 
 

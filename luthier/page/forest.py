@@ -26,7 +26,7 @@ def chosen(rows: Sequence[Versus], order: Sequence[tuple[str, str]] = ()) -> lis
     Args:
         order: of pairs, from above; those not in it come last.
     """
-    loud = sorted(rows, key=lambda one: (not one.claimed, one.corrected, -abs(one.value)))[:MOST_ROWS]
+    loud = sorted(rows, key=lambda one: (not one.claimed, one.p_adjusted, -abs(one.value)))[:MOST_ROWS]
     place = {pair: at for at, pair in enumerate(order)}
     return sorted(loud, key=lambda one: place.get((one.one, one.other), len(place)))
 
@@ -83,7 +83,7 @@ def forest(rows: Sequence[Versus], scale: Scale, *, title: str, within: Limits, 
             else:
                 _beside(axes, labels[at], (0, y + 0.37), (2, 0), over=True)
             _beside(axes, seen[at], (1, y), (10, 0), strong=row.claimed)
-            _beside(axes, chance(row.corrected), (1, y), (whole - left - wide - 4, 0), ha="right", strong=row.claimed)
+            _beside(axes, chance(row.p_adjusted), (1, y), (whole - left - wide - 4, 0), ha="right", strong=row.claimed)
         top = len(rows) - 0.5 + (0.2 if not beside else 0)
         figure.text(6 / whole, 1 - 12 / tall, cut(title, 34), size=10.5, weight="bold")
         for text, far, ha in (("difference", 10.0, "left"), ("p (Holm)", whole - left - wide - 4, "right")):

@@ -42,7 +42,7 @@ def power(effect: float, sd: float, seeds: int, *, alpha: float = 0.05, shared: 
     return float(stats.nct.sf(edge, free, centre) + wrong)
 
 
-def smallest_visible(
+def smallest_detectable(
     sd: float, seeds: int, *, alpha: float = 0.05, power_wanted: float = 0.8, shared: float = 0.0
 ) -> float:
     """The minimal detectable effect: the true difference that ``power`` sees with chance ``power_wanted``; in the metric's unit."""

@@ -52,7 +52,7 @@ def simulated_power(
     return float(np.mean((p * comparisons < alpha) & (np.abs(differences.mean(axis=1)) > half)))
 
 
-def smallest_visible_simulated(
+def smallest_detectable_simulated(
     sd: float,
     seeds: int,
     *,

@@ -16,11 +16,11 @@ from scipy import stats
 from luthier.statistics.arrays import refuse, share
 from luthier.statistics.exact import holm, sign_flips
 from luthier.statistics.paired import Difference, Interval, interval
-from luthier.statistics.power import MOST_SEEDS, smallest_visible
-from luthier.statistics.simulate import COARSE, seeds_to_claim, smallest_visible_simulated
+from luthier.statistics.power import MOST_SEEDS, smallest_detectable
+from luthier.statistics.simulate import COARSE, seeds_to_claim, smallest_detectable_simulated
 
 Test = Literal["sign flips", "t"]
-POWER = 0.8  # of what ``visible`` and ``needed`` say
+POWER = 0.8  # of what ``detectable`` and ``seeds_needed`` say
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Verdict:
 
     Args:
         interval: of level 1 - alpha, not corrected for the number of comparisons; its p is that of the t distribution.
-        p: of ``test``; corrected: by Holm over all ``comparisons``.
-        floor: what ``corrected`` would be at the least, had the seeds of this pair agreed perfectly.
-        claimed: whether corrected < alpha and 0 is outside the interval.
-        visible: the smallest true difference that would be claimed with chance 0.8, about, in the metric's unit; infinite where none.
-        needed: seeds to claim the difference seen with chance 0.8, about; None where no number of seeds would do.
+        p: of ``test``; p_adjusted: corrected by Holm over all ``comparisons``.
+        floor: what ``p_adjusted`` would be at the least, had the seeds of this pair agreed perfectly.
+        claimed: whether p_adjusted < alpha and 0 is outside the interval.
+        detectable: the smallest true difference that would be claimed with chance 0.8, about, in the metric's unit; infinite where none.
+        seeds_needed: seeds to claim the difference seen with chance 0.8, about; None where no number of seeds would do.
     """
 
     pair: Pair
@@ -65,11 +65,11 @@ class Verdict:
     comparisons: int
     alpha: float
     p: float
-    corrected: float
+    p_adjusted: float
     floor: float
     claimed: bool
-    visible: float
-    needed: int | None
+    detectable: float
+    seeds_needed: int | None
 
 
 def verdicts(pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign flips") -> tuple[Verdict, ...]:
@@ -98,11 +98,11 @@ def verdicts(pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign f
                 comparisons=len(pairs),
                 alpha=alpha,
                 p=p[at],
-                corrected=corrected[at],
+                p_adjusted=corrected[at],
                 floor=holm([*p[:at], least[at], *p[at + 1 :]])[at],
                 claimed=corrected[at] < alpha and (seen.low > 0 or seen.high < 0),
-                visible=_visible(pair.found, alpha, len(pairs), test),
-                needed=seeds_to_claim(
+                detectable=_detectable(pair.found, alpha, len(pairs), test),
+                seeds_needed=seeds_to_claim(
                     pair.found.mean,
                     pair.found.sd,
                     alpha=alpha,
@@ -115,10 +115,10 @@ def verdicts(pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign f
     return tuple(made)
 
 
-def _visible(found: Difference, alpha: float, many: int, test: Test) -> float:
+def _detectable(found: Difference, alpha: float, many: int, test: Test) -> float:
     if test == "sign flips" and found.seeds <= COARSE:
-        return smallest_visible_simulated(found.sd, found.seeds, alpha=alpha, shared=found.shared, comparisons=many)
-    return smallest_visible(found.sd, found.seeds, alpha=alpha / many, shared=found.shared)
+        return smallest_detectable_simulated(found.sd, found.seeds, alpha=alpha, shared=found.shared, comparisons=many)
+    return smallest_detectable(found.sd, found.seeds, alpha=alpha / many, shared=found.shared)
 
 
 def sentence(verdict: Verdict, *, unit: Unit = POINTS) -> str:
@@ -137,13 +137,13 @@ def sentence(verdict: Verdict, *, unit: Unit = POINTS) -> str:
     if verdict.floor >= verdict.alpha:
         why = f"their smallest possible p is {verdict.floor:.3g}{holms}, so nothing can be claimed"
         return f"{seeds} seeds cannot separate {apart} ({saw}): {why}, and {_wanted(verdict)}"
-    saw += f", p = {verdict.corrected:.2g}{holms}"
-    if verdict.corrected < verdict.alpha:
+    saw += f", p = {verdict.p_adjusted:.2g}{holms}"
+    if verdict.p_adjusted < verdict.alpha:
         rows = f"other test rows than these {pair.found.rows:,} might"
         return f"{seeds} seeds separate {apart}, but {rows} not ({saw}): {_wanted(verdict)}"
-    least = _number(unit.factor * verdict.visible, unit.digits) + _name(unit)
+    least = _number(unit.factor * verdict.detectable, unit.digits) + _name(unit)
     sight = f"{seeds} see differences only from about {least} on"
-    if unit == POINTS and verdict.visible > 1:  # more than all
+    if unit == POINTS and verdict.detectable > 1:  # more than all
         sight = f"{seeds} see no difference that there can be"
     return f"{seeds} seeds cannot separate {apart} ({saw}): {_wanted(verdict)}, while {sight}"
 
@@ -155,7 +155,7 @@ def outcome(all_of: Sequence[Verdict], *, unit: Unit = POINTS) -> str:
 
 
 def _wanted(verdict: Verdict) -> str:
-    seeds, found = verdict.needed, verdict.pair.found
+    seeds, found = verdict.seeds_needed, verdict.pair.found
     if seeds is not None:
         return f"they would need about {max(seeds, found.seeds + 1):,}"
     # With ever more seeds the error falls to sqrt(shared), and no further.

@@ -59,7 +59,7 @@ def gather(folder: str | Path, design: Design | None = None, *, metric: str | No
     levels = [level for one in found for level in one.levels()]
     return Comparison(
         metric=metric,
-        higher=HIGHER_IS_BETTER[metric],
+        higher_is_better=HIGHER_IS_BETTER[metric],
         unit=asdict(unit_of(metric)),
         recipes=tuple(known.recipes),
         settings=tuple(one.setting for one in found),

@@ -13,8 +13,8 @@ from scipy import stats
 from luthier.errors import DataError
 from luthier.statistics.exact import sign_flips
 from luthier.statistics.paired import Difference, interval
-from luthier.statistics.power import power, seeds_needed, smallest_visible
-from luthier.statistics.simulate import COARSE, flipped, seeds_to_claim, simulated_power, smallest_visible_simulated
+from luthier.statistics.power import power, seeds_needed, smallest_detectable
+from luthier.statistics.simulate import COARSE, flipped, seeds_to_claim, simulated_power, smallest_detectable_simulated
 
 # By hand, and numbers that are in every table
 
@@ -27,7 +27,7 @@ def test_seeds_for_a_paired_t_test_of_an_effect_in_standard_deviations(effect, s
 
 def test_known_rows_make_it_a_z_test():
     # no spread over seeds: error 0.5 whatever the seeds; 1.95996 + 0.84162 = 2.80159, halved; the other tail is 1e-6
-    assert smallest_visible(0.0, 5, shared=0.25) == pytest.approx(1.40079, abs=1e-4)
+    assert smallest_detectable(0.0, 5, shared=0.25) == pytest.approx(1.40079, abs=1e-4)
 
 
 def test_an_effect_of_nothing_is_seen_with_chance_alpha():
@@ -35,7 +35,7 @@ def test_an_effect_of_nothing_is_seen_with_chance_alpha():
 
 
 def test_without_any_error_every_effect_is_seen():
-    assert (power(0.1, 0.0, 3), power(0.0, 0.0, 3), smallest_visible(0.0, 3)) == (1.0, 0.0, 0.0)
+    assert (power(0.1, 0.0, 3), power(0.0, 0.0, 3), smallest_detectable(0.0, 3)) == (1.0, 0.0, 0.0)
 
 
 # Invariants
@@ -43,8 +43,8 @@ def test_without_any_error_every_effect_is_seen():
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.01, 10), st.integers(2, 60), st.floats(0, 1), st.sampled_from([0.05, 0.01, 0.05 / 3]))
-def test_the_smallest_visible_effect_is_seen_with_the_power_wanted(sd, seeds, shared, alpha):
-    effect = smallest_visible(sd, seeds, alpha=alpha, shared=shared)
+def test_the_smallest_detectable_effect_is_seen_with_the_power_wanted(sd, seeds, shared, alpha):
+    effect = smallest_detectable(sd, seeds, alpha=alpha, shared=shared)
     assert power(effect, sd, seeds, alpha=alpha, shared=shared) == pytest.approx(0.8, abs=1e-6)
 
 
@@ -101,20 +101,22 @@ def test_simulated_power_is_that_of_the_interval_and_the_flips_one_by_one():
 
 @pytest.mark.parametrize("seeds", [8, 10, 15])
 def test_from_eight_seeds_on_flips_see_what_the_t_test_sees(seeds):
-    assert smallest_visible_simulated(1.0, seeds, draws=1000) == pytest.approx(smallest_visible(1.0, seeds), rel=0.1)
+    assert smallest_detectable_simulated(1.0, seeds, draws=1000) == pytest.approx(
+        smallest_detectable(1.0, seeds), rel=0.1
+    )
 
 
 # It matters
 
 
 def test_six_seeds_see_less_by_flips_than_by_the_t_test():
-    assert smallest_visible_simulated(1.0, 6) > 1.15 * smallest_visible(1.0, 6)
+    assert smallest_detectable_simulated(1.0, 6) > 1.15 * smallest_detectable(1.0, 6)
 
 
 def test_five_seeds_see_nothing_by_flips():
-    assert smallest_visible_simulated(1.0, 5) == math.inf
+    assert smallest_detectable_simulated(1.0, 5) == math.inf
     assert simulated_power(1e9, 1.0, 5) == 0.0
-    assert smallest_visible_simulated(1.0, 6, comparisons=2) == math.inf
+    assert smallest_detectable_simulated(1.0, 6, comparisons=2) == math.inf
 
 
 def test_a_huge_difference_still_needs_the_seeds_that_flips_need():
@@ -144,8 +146,8 @@ def test_designs_that_are_none_are_refused():
     with pytest.raises(DataError, match="seeds  must be 2 or more; got 1"):
         power(1.0, 1.0, 1)
     with pytest.raises(DataError, match="finite and not negative"):
-        smallest_visible(-1.0, 3)
+        smallest_detectable(-1.0, 3)
     with pytest.raises(DataError, match="alpha"):
         seeds_needed(1.0, 1.0, alpha=5)
     with pytest.raises(DataError, match="power_wanted"):
-        smallest_visible(1.0, 3, power_wanted=1.0)
+        smallest_detectable(1.0, 3, power_wanted=1.0)

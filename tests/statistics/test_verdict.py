@@ -31,7 +31,7 @@ def said(by_seed: tuple[float, ...], *, shared: float = 0.0, **options) -> str:
 def test_a_claim_names_the_winner_the_difference_and_the_interval():
     # sd .00312, error .00110, t(.975, 7) = 2.365: 2.1 +- 0.26 points; p = 2/256
     found = verdicts([pair(CLEAR)])[0]
-    assert (found.claimed, found.p, found.corrected) == (True, 2 / 256, 2 / 256)
+    assert (found.claimed, found.p, found.p_adjusted) == (True, 2 / 256, 2 / 256)
     assert sentence(found) == "lp-ft beats ft on ood by 2.1 points [1.8, 2.4]"
 
 
@@ -50,7 +50,7 @@ def test_noise_is_told_with_the_seeds_it_would_need():
 
 def test_three_seeds_can_never_claim_and_it_is_said():
     found = verdicts([pair((0.05, 0.051, 0.052))])[0]
-    assert (found.p, found.floor, found.claimed, found.visible) == (0.25, 0.25, False, math.inf)
+    assert (found.p, found.floor, found.claimed, found.detectable) == (0.25, 0.25, False, math.inf)
     assert found.interval.low > 0
     assert sentence(found) == (
         "3 seeds cannot separate lp-ft from ft on ood (5.1 points [4.9, 5.3]): their smallest possible p is 0.25, "
@@ -63,14 +63,14 @@ def test_the_floor_counts_holm():
     six, sure = pair(CLEAR[:6]), pair((*CLEAR, *CLEAR), one="swa")
     alone, both, beside = verdicts([six])[0], verdicts([six, six])[0], verdicts([six, sure])[0]
     assert (alone.floor, alone.claimed) == (1 / 32, True)
-    assert (both.floor, both.corrected, both.claimed) == (1 / 16, 1 / 16, False)
+    assert (both.floor, both.p_adjusted, both.claimed) == (1 / 16, 1 / 16, False)
     assert (beside.floor, beside.claimed) == (1 / 32, True)
     assert "smallest possible p is 0.0625 after Holm over 2, so nothing can be claimed" in sentence(both)
 
 
 def test_seeds_that_agree_on_rows_that_are_too_few_earn_no_claim():
     found = verdicts([pair(CLEAR, shared=0.02**2)])[0]
-    assert found.corrected < 0.05 and found.interval.low < 0 and not found.claimed and found.needed is None
+    assert found.p_adjusted < 0.05 and found.interval.low < 0 and not found.claimed and found.seeds_needed is None
     assert sentence(found) == (
         "8 seeds separate lp-ft from ft on ood, but other test rows than these 500 might not "
         "(2.1 points [-1.8, 6.0], p = 0.0078): no number of seeds would do on 500 test rows, more rows are needed"
@@ -132,8 +132,8 @@ def test_a_claim_needs_both_the_seeds_and_the_rows():
 
 def test_the_t_distribution_may_be_asked_for_and_claims_with_five_seeds():
     found = verdicts([pair(CLEAR[:5])], test="t")[0]
-    assert found.claimed and found.p == found.interval.p and found.floor == 0.0 and found.needed == 3
-    assert math.isfinite(found.visible)
+    assert found.claimed and found.p == found.interval.p and found.floor == 0.0 and found.seeds_needed == 3
+    assert math.isfinite(found.detectable)
 
 
 def test_five_seeds_by_the_t_distribution_read_as_in_the_readme():

@@ -246,7 +246,7 @@ def test_a_regression_is_compared_by_its_error(tiny_model, tmp_path):
         len(text.split()) / 7 + (label == "good") for text, label in zip(rows["text"], rows["label"], strict=True)
     ]
     found = compare([FT, LP], model=tiny_model, data=rows, out=tmp_path / "out", seeds=2)
-    assert (found.metric, found.higher, found.unit["name"]) == ("rmse", False, "")
+    assert (found.metric, found.higher_is_better, found.unit["name"]) == ("rmse", False, "")
     assert not found.settings[0].majority and found.reliability == {"data": {}}
     assert "RMSE" in (tmp_path / "out" / "compare.html").read_text()
 

@@ -9,7 +9,7 @@ from luthier.trials.outcome import outcome
 def pair(one: str, other: str, value: float, *, claimed: bool, split: str = "test", setting: str = "a") -> Versus:
     told = f"{one}/{other}"
     by_seed = (value,) * 5
-    rest = {"p": 0.5, "corrected": 0.5, "comparisons": 9, "test": "t", "visible": None, "needed": None}
+    rest = {"p": 0.5, "p_adjusted": 0.5, "comparisons": 9, "test": "t", "detectable": None, "seeds_needed": None}
     return Versus(setting, split, one, other, value, value, value, by_seed, claimed=claimed, sentence=told, **rest)
 
 
