@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luthier.core.anatomy import Anatomy, Family
     from luthier.core.ingredient import Ingredient, ingredient
     from luthier.errors import LuthierError
-    from luthier.finished.differing import differences
+    from luthier.finished.diff import diff
     from luthier.finished.predictions import predict
     from luthier.finished.reruns import rerun
     from luthier.finished.soups import soup
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from luthier.report import Report
     from luthier.run import Run, begin
     from luthier.training.engine import fit
-    from luthier.trials.comparing import compare
+    from luthier.trials.comparing import compare, gather
 
 __version__ = "0.1.0"
 
@@ -77,8 +77,9 @@ _WHERE = {
     "Family": "luthier.core.anatomy",
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
-    "differences": "luthier.finished.differing",
+    "diff": "luthier.finished.diff",
     "compare": "luthier.trials.comparing",
+    "gather": "luthier.trials.comparing",
     "Comparison": "luthier.comparison",
     "fit": "luthier.training.engine",
     "predict": "luthier.finished.predictions",
@@ -151,8 +152,9 @@ __all__ = [
     "begin",
     "compare",
     "compose",
-    "differences",
+    "diff",
     "fit",
+    "gather",
     "ingredient",
     "predict",
     "rerun",

@@ -156,9 +156,9 @@ def gather(
 ) -> None:
     """Tell what the runs of a comparison say that are done now; writes its comparison.json and compare.html anew."""
     from luthier.console import narrator
-    from luthier.trials.comparing import tell
+    from luthier.trials import comparing
 
-    narrator().show(tell(comparison, metric=metric))
+    narrator().show(comparing.gather(comparison, metric=metric))
 
 
 def work(

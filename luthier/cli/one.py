@@ -268,7 +268,7 @@ def diff(
     other: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
     """Show what differs between two finished runs: recipe, environment, data, scores, weights."""
-    from luthier.finished.differing import differences
+    from luthier.finished.diff import diff as differing
 
-    for line in differences(one, other).lines():
+    for line in differing(one, other).lines():
         typer.echo(line)

@@ -11,7 +11,7 @@ from typing import Any
 from luthier.call import Call
 from luthier.errors import DataError, Fault, LuthierError
 from luthier.finished.changes import Change, changes, surroundings, wrapped
-from luthier.finished.differing import Differences, differences
+from luthier.finished.diff import Differences, diff
 from luthier.folder import environment, fresh, refuse
 from luthier.jsonfile import plain
 from luthier.narrate import Narrator, Silent
@@ -121,7 +121,7 @@ def rerun(
     for change in changes(then, {**then, **environment()}):
         say.line(f"other than when the run was made: {change}")
     fit(recipe, out=target, narrator=say, stock=stock, **arguments)
-    found = differences(path, target)
+    found = diff(path, target)
     return Rerun(str(run), str(target), found, () if found.weights.same else tuple(_causes(found, path, report)))
 
 

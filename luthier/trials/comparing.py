@@ -22,11 +22,11 @@ from luthier.sources.data import digest
 from luthier.stock import Stock
 from luthier.training.job import Columns, Job, fits, prepare
 from luthier.trials import design as designs
+from luthier.trials import gather as gathering
 from luthier.trials import workers as crews
 from luthier.trials.design import Asked, Design
 from luthier.trials.desk import Desk
 from luthier.trials.early import Early, turns
-from luthier.trials.gather import gather
 from luthier.trials.misleading import misleads
 from luthier.trials.places import On, Place
 from luthier.trials.reading import Recipes, inside, read
@@ -219,15 +219,15 @@ def finish(desk: Desk, design: Design, say: Narrator, place: Place) -> Compariso
         say.line(f"{there} of {len(design.trials())} runs are done already")
     if there < len(design.trials()):
         crews.do(place, watch, say)
-    return tell(desk.path, design)
+    return gather(desk.path, design)
 
 
-def tell(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
+def gather(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
     """What the runs in ``folder`` say, as they are now; writes comparison.json and compare.html there.
 
-    Args and errors are those of ``gather``.
+    Args and errors are those of ``luthier.trials.gather.gather``.
     """
-    found = gather(folder, design, metric=metric)
+    found = gathering.gather(folder, design, metric=metric)
     found.save(folder)
     from luthier.page import compared
 

@@ -19,7 +19,7 @@ import luthier
 from luthier import cli
 from luthier.errors import LuthierError
 from luthier.finished.changes import Change, changes
-from luthier.finished.differing import Score
+from luthier.finished.diff import Score
 from luthier.finished.weights import Weights, weights_between
 from luthier.recipe.text import build
 from tests.little import recipe, sentences, weights
@@ -48,7 +48,7 @@ def saved(run: Path, **tensors: torch.Tensor) -> Path:
 
 
 def test_a_recipe_differs_by_field_and_ingredient_and_order(runs):
-    found = {change.path: change for change in luthier.differences(*runs).recipe}
+    found = {change.path: change for change in luthier.diff(*runs).recipe}
     assert found["stages.finetune.learning_rate"] == Change("stages.finetune.learning_rate", 2e-5, 3e-5)
     assert str(found["stages.finetune.learning_rate"]) == "stages.finetune.learning_rate: 2e-05 -> 3e-05"
     assert str(found["stages.finetune.clip.max_norm"]) == "stages.finetune.clip.max_norm: 1.0 -> 0.5"
@@ -63,13 +63,13 @@ def test_a_recipe_differs_by_field_and_ingredient_and_order(runs):
 def test_a_stage_more_is_one_change(runs, tiny_model, tmp_path):
     made = recipe(["adamw", "clip", "llrd", "temperature"], lr=2e-5, probe=True)
     luthier.fit(made, model=tiny_model, data=runs[0].parent / "a.csv", out=tmp_path / "more")
-    found = luthier.differences(runs[0], tmp_path / "more").recipe
+    found = luthier.diff(runs[0], tmp_path / "more").recipe
     assert [(change.path, change.only) for change in found if "." in change.path][-1] == ("stages.probe", "other")
     assert not [change for change in found if change.path in ("order", "stages.finetune.ingredients")]
 
 
 def test_data_and_model_differ_by_digest_source_and_size(runs):
-    found = {change.path: change for change in luthier.differences(*runs).identity}
+    found = {change.path: change for change in luthier.diff(*runs).identity}
     assert found["data.sizes.train"] == Change("data.sizes.train", 48, 64)
     assert found["data.source"].other.endswith("b.csv")
     assert "data.digest" in found and "model.start weights" in found  # another seed draws another head
@@ -79,7 +79,7 @@ def test_data_and_model_differ_by_digest_source_and_size(runs):
 
 
 def test_scores_stand_side_by_side_with_their_difference(runs):
-    found = luthier.differences(*runs)
+    found = luthier.diff(*runs)
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
     told = {(score.split, score.metric): score for score in found.scores if not score.calibrated}
     for split in ("validation", "test"):
@@ -97,7 +97,7 @@ def test_an_environment_differs_by_version_and_thread(runs, tmp_path):
     told["versions"]["torch"], told["threads"] = "1.0", 99
     told["identity"]["seed"] = 7  # what makes it the same run is no part of the environment
     file.write_text(json.dumps(told))
-    found = luthier.differences(runs[0], tmp_path / "copy")
+    found = luthier.diff(runs[0], tmp_path / "copy")
     assert [change.path for change in found.environment] == ["threads", "versions.torch"]
     assert str(found.environment[0]) == f"threads: {torch.get_num_threads()} -> 99"
     assert (found.recipe, found.identity, found.parted) == ((), (), None)
@@ -105,7 +105,7 @@ def test_an_environment_differs_by_version_and_thread(runs, tmp_path):
 
 
 def test_the_lines_are_80_columns_wide_and_the_values_are_plain(runs):
-    found = luthier.differences(*runs)
+    found = luthier.diff(*runs)
     lines = found.lines()
     assert max(map(len, lines)) <= 80
     assert "  stages.finetune.learning_rate: 2e-05 -> 3e-05" in lines
@@ -115,7 +115,7 @@ def test_the_lines_are_80_columns_wide_and_the_values_are_plain(runs):
 
 
 def test_a_run_and_itself_have_no_difference(runs):
-    found = luthier.differences(runs[0], runs[0])
+    found = luthier.diff(runs[0], runs[0])
     assert found.recipe == found.environment == found.identity == ()
     assert found.weights == Weights(len(weights(runs[0])), len(weights(runs[0])))
     assert {score.difference for score in found.scores} == {0}
@@ -198,7 +198,7 @@ def test_a_stage_or_ingredient_of_the_same_name_twice_is_told_apart(runs, tmp_pa
     from luthier.recipe.text import write
 
     (tmp_path / "copy" / "recipe.yaml").write_text(write(build(plain, inside="a test")))
-    paths = [change.path for change in luthier.differences(runs[0], tmp_path / "copy").recipe]
+    paths = [change.path for change in luthier.diff(runs[0], tmp_path / "copy").recipe]
     assert "stages.finetune.clip 2" in paths
 
 
@@ -208,11 +208,11 @@ def test_a_file_that_is_not_there_or_torn_is_named(harm, runs, tmp_path):
     file = tmp_path / "copy" / harm
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(LuthierError, match=file.name) as caught:
-        luthier.differences(runs[0], tmp_path / "copy")
+        luthier.diff(runs[0], tmp_path / "copy")
     assert caught.value.exit_code == 2
     file.unlink()
     with pytest.raises(LuthierError, match=file.name if "model" not in harm else "must hold the weights"):
-        luthier.differences(runs[0], tmp_path / "copy")
+        luthier.diff(runs[0], tmp_path / "copy")
 
 
 def test_the_command_shows_it_and_changes_no_file(runs, monkeypatch, capsys):
@@ -228,7 +228,7 @@ def test_the_command_shows_it_and_changes_no_file(runs, monkeypatch, capsys):
 
 
 def test_reading_recipes_and_environments_loads_no_torch():
-    work = "import sys; import luthier.finished.differing, luthier.finished.changes, luthier.call; print('torch' in sys.modules)"
+    work = "import sys; import luthier.finished.diff, luthier.finished.changes, luthier.call; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr
 

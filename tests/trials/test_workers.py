@@ -24,7 +24,7 @@ from luthier.errors import LuthierError
 from luthier.folder import RunFolder
 from luthier.narrate import Silent
 from luthier.training.stages import Stopped
-from luthier.trials.comparing import compare, designed, finish, jobs, tell
+from luthier.trials.comparing import compare, designed, finish, gather, jobs
 from luthier.trials.design import Asked, Design, Trial
 from luthier.trials.desk import MOST_STARTS, Desk
 from luthier.trials.places import Place
@@ -156,7 +156,7 @@ def test_two_processes_on_one_folder_do_all_runs_and_none_twice(tiny_model, data
     told.mkdir()
     assert forked(2, lambda number: (told / str(number)).write_text(str(work(tmp_path / "out")))) == [0, 0]
     assert sum(int(each.read_text()) for each in told.iterdir()) == len(design.trials()) == 4
-    found = tell(tmp_path / "out")
+    found = gather(tmp_path / "out")
     assert {row.state for row in found.trials} == {"done"}
     for one in design.trials():
         lines = (tmp_path / "out" / "runs" / one.name / "log.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""differences: what two finished runs do not have in common, and what came of it. Reads their folders and nothing else."""
+"""diff: what two finished runs do not have in common, and what came of it. Reads their folders and nothing else."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Differences:
         return told
 
 
-def differences(one: str | Path, other: str | Path) -> Differences:
+def diff(one: str | Path, other: str | Path) -> Differences:
     """What differs between two finished runs.
 
     Args:
