@@ -191,7 +191,7 @@ def plan(
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A finished run's folder, or a soup's.")],
     data: Annotated[str, typer.Option("--data", "-d", help="One file with the columns the run was trained on.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .csv, .tsv or .jsonl; printed if not given.")
