@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ class KillsItself(Silent):
 
 def in_a_child(work: Callable[[], Any]) -> int:
     """Runs ``work`` in a forked process; gives the signal that ended it, or 0."""
+    return ended(forked(work))
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """Starts ``work`` in a forked process, from the main thread: a fork clears up what is local to all other threads."""
+    assert threading.current_thread() is threading.main_thread()
     child = os.fork()
     if child == 0:
         try:
@@ -99,6 +106,11 @@ def in_a_child(work: Callable[[], Any]) -> int:
         except BaseException:
             os._exit(3)
         os._exit(0)
+    return child
+
+
+def ended(child: int) -> int:
+    """Waits for a process that ``forked`` gave; gives the signal that ended it, or 0."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return os.WTERMSIG(status)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from luthier.trials.desk import Desk
 from luthier.trials.early import Early
 from luthier.trials.spared import cost
 from luthier.trials.watch import Watch
-from tests.little import KillsItself, in_a_child, recipe, same, sentences, weights
+from tests.little import KillsItself, ended, forked, in_a_child, recipe, same, sentences, weights
 
 BASE = [{"anneal": {"warmup": 0.1}}, "adamw", "clip"]
 FT = dataclasses.replace(recipe(BASE, steps=6), name="ft")
@@ -353,12 +352,9 @@ def begun(folder: Path, tiny_model, data, spec: str = "start=4,share=0.5,keep=2"
 def test_two_processes_that_share_the_folder_finish_the_same_runs(tiny_model, data, tmp_path):
     alone, shared = begun(tmp_path / "alone", tiny_model, data), begun(tmp_path / "shared", tiny_model, data)
     work.work(alone.path)
-    other: list[int] = []
-    thread = threading.Thread(target=lambda: other.append(in_a_child(lambda: work.work(shared.path))))
-    thread.start()
+    other = forked(lambda: work.work(shared.path))
     work.work(shared.path)
-    thread.join()
-    assert other == [0]
+    assert ended(other) == 0
     design = Design.load(shared.path)
     assert early.stopped(shared, design) == early.stopped(alone, design) and len(early.stopped(alone, design)) == 2
     for trial in early.picked(alone, design):
