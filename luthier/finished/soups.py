@@ -24,6 +24,7 @@ from luthier.jsonfile import atomically, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import by_split, logits, scores
 from luthier.recipe import text as recipes
+from luthier.recipe.recipe import Recipe
 from luthier.report import Report
 from luthier.sources import data as sources
 from luthier.sources import models, tasks
@@ -209,7 +210,7 @@ def _reports(folders: Sequence[Path], *, alike: bool) -> list[Report]:
             must = f"must start from the pretrained model that {first} started from"
             faults.append(Fault(str(folder), must, str(report.model["source"])))
         if alike and report.data["digest"] != one.data["digest"]:
-            seeds = [_split_seed(at) for at in (folder, first)]
+            seeds = [_recipe(at).seed_of("split") for at in (folder, first)]
             got = "other rows" if seeds[0] == seeds[1] else f"a split by seed {seeds[0]}, and not {seeds[1]}"
             faults.append(Fault(str(folder), f"must have the data of {first}, split alike", got, _HELD))
     _refuse(faults)
@@ -239,7 +240,7 @@ def _again(report: Report, folder: Path, ood: Mapping[str, Any]) -> sources.Data
     told["ood"] |= ood
     _refuse(gone(folder, call, told, {"data": "--data", "out_domain": "--data"}))
     names = ("ood", "out_domain", "label_map")
-    found = _read(report, told["data"], _split_seed(folder), task=_task(folder), **{name: told[name] for name in names})
+    found = _read(report, told["data"], _recipe(folder), **{name: told[name] for name in names})
     own = {name: found.splits[name] for name in report.data["sizes"] if name in found.splits}
     _refuse(other_data(folder, found.source, own, report))
     return found
@@ -247,26 +248,22 @@ def _again(report: Report, folder: Path, ood: Mapping[str, Any]) -> sources.Data
 
 def _other(report: Report, folders: Sequence[Path], data: Any, ood: Mapping[str, Any] | None) -> sources.Data:
     """Data that the caller names. If that is what the runs were trained on, each must have held out the same of it."""
-    task = _task(folders[0])
-    found = {seed: _read(report, data, seed, task=task, ood=ood) for seed in dict.fromkeys(map(_split_seed, folders))}
+    recipes_of = {one.seed_of("split"): one for one in map(_recipe, folders)}
+    found = {seed: _read(report, data, one, ood=ood) for seed, one in recipes_of.items()}
     if len({one.digest for one in found.values()}) > 1:
         must = "must have train, validation and test of its own: the runs split their data by several seeds"
         _refuse([Fault("data", must, ", ".join(map(str, found)), _HELD)])
     return next(iter(found.values()))
 
 
-def _read(report: Report, data: Any, seed: int, **more: Any) -> sources.Data:
+def _read(report: Report, data: Any, recipe: Recipe, **more: Any) -> sources.Data:
     columns = report.data["columns"]
     names = {name: columns[name] for name in ("text", "text_pair", "label")}
-    return sources.read(data, seed=seed, **names, **more)
+    return sources.read(data, seed=recipe.seed_of("split"), task=recipe.task, **names, **more)
 
 
-def _split_seed(folder: Path) -> int:
-    return recipes.read(folder / "recipe.yaml").seed_of("split")
-
-
-def _task(folder: Path) -> str:
-    return recipes.read(folder / "recipe.yaml").task
+def _recipe(folder: Path) -> Recipe:
+    return recipes.read(folder / "recipe.yaml")
 
 
 def _refuse(faults: Iterable[Fault]) -> None:

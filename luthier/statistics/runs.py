@@ -73,20 +73,3 @@ def failed(
         raise refuse("seeds", f"must name each of the {len(values)} runs", len(numbers))
     sign = 1 if higher_is_better else -1
     return tuple(number for number, value in zip(numbers, values, strict=True) if sign * (value - baseline) <= _EXACT)
-
-
-def told(recipe: str, gone: Sequence[int], runs: int, majority: float, *, on: str = "") -> str:
-    """What ``failed`` found, as a sentence; empty where no run failed.
-
-    >>> told("ft", (3, 7), 10, 0.62, on="rte")
-    'ft failed in 2 of 10 runs on rte (seeds 3 and 7): accuracy at or under 0.620, the share of the majority class'
-    """
-    if not gone:
-        return ""
-    *some, last = map(str, gone)
-    which = f"seeds {', '.join(some)} and {last}" if some else f"seed {last}"
-    where = f" on {on}" if on else ""
-    return (
-        f"{recipe} failed in {len(gone)} of {runs} runs{where} ({which}): "
-        f"accuracy at or under {majority:.3f}, the share of the majority class"
-    )

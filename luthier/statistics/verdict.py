@@ -148,12 +148,6 @@ def sentence(verdict: Verdict, *, unit: Unit = POINTS) -> str:
     return f"{seeds} seeds cannot separate {apart} ({saw}): {_wanted(verdict)}, while {sight}"
 
 
-def outcome(all_of: Sequence[Verdict], *, unit: Unit = POINTS) -> str:
-    """The sentences of all verdicts, claims first, joined by semicolons."""
-    ranked = sorted(all_of, key=lambda verdict: not verdict.claimed)
-    return "; ".join(sentence(verdict, unit=unit) for verdict in ranked)
-
-
 def _wanted(verdict: Verdict) -> str:
     seeds, found = verdict.seeds_needed, verdict.pair.found
     if seeds is not None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ from luthier.placement import Placement
 from luthier.plan import StagePlan
 from luthier.report import Report
 from luthier.run import Run
+from luthier.signals import answered
 from luthier.training import probing, rates, replay, stages
 from luthier.training.job import Job
 from luthier.training.movement import movement
@@ -77,7 +76,7 @@ class Fitting:
         self._track = self.placement.track(
             self.job.recipe.name, {"seed": self.job.recipe.seed, "recipe": self.job.recipe.digest}
         )
-        with _asked_to_stop(self):
+        with answered(self._asked):
             for plan in self.job.plan.stages[first:]:
                 self._stage(plan, step)
                 step = None
@@ -88,6 +87,13 @@ class Fitting:
         if self.folder and self.placement.main:
             checkpoint.clear(self.folder.checkpoints)
         return report
+
+    def _asked(self) -> None:
+        """The run stops between two steps; asked once more it stops at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.say.line("stopping after this step (once more to stop at once)")
 
     def _restore(self) -> tuple[int, checkpoint.Checkpoint | None]:
         """Puts back the weights at the start of the stage that was under way; gives its number and the checkpoint inside it."""
@@ -276,26 +282,3 @@ def _weights(model: nn.Module, plan: StagePlan) -> Iterator[tuple[Any, Tensor]]:
 def _weights_named(model: nn.Module, plan: StagePlan) -> Iterator[tuple[str, Tensor]]:
     for part, weight in _weights(model, plan):
         yield part.canonical, weight
-
-
-@contextmanager
-def _asked_to_stop(fitting: Fitting) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the run between two steps; a second Ctrl-C stops it at once."""
-
-    def ask(number: int, frame: object) -> None:
-        if fitting.stopping:
-            raise KeyboardInterrupt
-        fitting.stopping = True
-        fitting.say.line("stopping after this step (once more to stop at once)")
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError:
-        pass  # not the main thread: signals are the caller's
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from luthier.errors import DataError
-from luthier.statistics.runs import Summary, failed, majority_share, summary, told
+from luthier.statistics.runs import Summary, failed, majority_share, summary
 
 # By hand
 
@@ -39,14 +39,6 @@ def test_runs_at_or_under_the_majority_share_failed_and_are_named_by_their_seed(
 
 def test_of_errors_those_at_or_over_the_constants_failed():
     assert failed([0.9, 1.2, 1.5], 1.2, higher_is_better=False) == (1, 2)
-
-
-def test_the_sentence_names_one_seed_or_several_and_is_empty_without():
-    assert told("ft", (), 5, 0.5) == ""
-    assert told("ft", (4,), 5, 0.5) == (
-        "ft failed in 1 of 5 runs (seed 4): accuracy at or under 0.500, the share of the majority class"
-    )
-    assert "3 of 5 runs on rte (seeds 1, 2 and 4)" in told("ft", (1, 2, 4), 5, 0.5, on="rte")
 
 
 # Refused
