@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -130,6 +130,17 @@ class Placement:
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the devices carry from step to step: the scale of half precision's gradients, where it has one."""
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state_dict`` gave."""
+        scaler = self._accelerator.scaler
+        if scaler is not None and state:
+            scaler.load_state_dict(dict(state))
 
     def waiting(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Holds gradients back from other processes until the ``last`` micro-batch of a step."""

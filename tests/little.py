@@ -73,6 +73,18 @@ class Counts(Silent):
         self.said += 1
 
 
+class Asks(Silent):
+    """Asks the run to stop at a step, as Ctrl-C does."""
+
+    def __init__(self, step: int = 1) -> None:
+        self._left = step
+
+    def advance(self, by: int = 1, *, say: str = "") -> None:
+        self._left -= say.startswith("loss")
+        if self._left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
 class KillsItself(Silent):
     """Kills its own process, as SIGKILL does, when the run has said ``after`` things."""
 

@@ -7,7 +7,7 @@ import torch
 
 import luthier
 from luthier.placement import Placement
-from tests.little import recipe, sentences, weights
+from tests.little import Asks, recipe, same, sentences, weights
 from tests.tinyfolder import tiny_folder
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
@@ -82,6 +82,33 @@ def test_trainer_accumulation_is_the_big_batch(tmp_path):
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-10, atol=1e-12)
     assert not torch.equal(ends[0]["classifier.weight"], tiny("bert").double().state_dict()["classifier.weight"])
+
+
+def test_a_run_with_a_gradient_scaler_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """A scale that is no power of two rounds gradients in its own way, so the end tells which scales there were."""
+    plain = Placement.__init__
+
+    def scaled(self, **settings):
+        plain(self, **settings)
+        self._accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3.0, growth_factor=1.5, growth_interval=2)
+
+    monkeypatch.setattr(Placement, "__init__", scaled)
+    folder = tiny_folder(tmp_path / "tiny")
+
+    def fit(name, **more):
+        made, out = recipe(BASE, steps=12), tmp_path / name
+        luthier.fit(made, model=folder, data=sentences(), out=out, save_every=1, **more)
+        return weights(out)
+
+    def stopped(name):
+        with pytest.raises(luthier.LuthierError, match="stopped on request at step 7"):
+            fit(name, narrator=Asks(7))
+        return fit(name, resume=True)
+
+    whole = fit("whole")
+    assert same(stopped("goes on"), whole)
+    monkeypatch.setattr(Placement, "load_state_dict", lambda self, state: None)
+    assert not same(stopped("forgets"), whole)
 
 
 @pytest.mark.gpu

@@ -110,6 +110,7 @@ class Fitting:
         state = found.load()
         self.trace = Trace(**json.loads(state["trace"]))
         self.notes = list(state["notes"])
+        self.placement.load_state_dict(state.get("placement", {}))
         self.folder.rewind_log(state["logged"])
         at = f"step {step.step}" if step else "its start"
         if found.stage < len(self.job.plan.stages):
@@ -242,6 +243,7 @@ class Fitting:
         state |= {
             "trace": json.dumps(dataclasses.asdict(self.trace)),
             "notes": list(self.notes),
+            "placement": self.placement.state_dict(),
             "logged": self.folder.logged,
         }
         begun = time.monotonic()

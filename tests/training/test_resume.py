@@ -15,9 +15,8 @@ import pytest
 import luthier
 from luthier import checkpoint
 from luthier.errors import LuthierError, RunError
-from luthier.narrate import Silent
 from luthier.recipe.text import build
-from tests.little import Counts, KillsItself, in_a_child, recipe, same, sentences, weights
+from tests.little import Asks, Counts, KillsItself, in_a_child, recipe, same, sentences, weights
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
 KINDS = {
@@ -195,14 +194,6 @@ def test_a_full_disk_when_the_model_is_saved_is_told_and_the_run_goes_on(tiny_mo
     monkeypatch.setattr(models, "store", real)
     fit(tiny_model, out, "swa", resume=True)
     assert weights(out)
-
-
-class Asks(Silent):
-    """Asks to stop at the first step."""
-
-    def advance(self, by: int = 1, *, say: str = "") -> None:
-        if say.startswith("loss"):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_time_of_a_run_that_was_stopped_counts_in_its_report(tiny_model, tmp_path, monkeypatch):
