@@ -45,7 +45,7 @@ KINDS = {
     "adamw without bias correction": ([{"adamw": {"bias_correction": False}}, "clip"], False),
     "child_tuning by chance": ([*BASE, {"child_tuning": {"mode": "free", "where": ["backbone"]}}], False),
     "child_tuning by data": ([*BASE, {"child_tuning": {"mode": "data", "rows": 16}}], True),
-    "gmt": ([*BASE, "gmt"], False),
+    "gmt": ([*BASE, {"gmt": {"strict": True}}], False),
     "head_scale": ([{"head_scale": {"norm": 2.0}}, *BASE], True),
     "noisy_tune": (["noisy_tune", *BASE], True),
     "neftune": (["neftune", *BASE], False),

@@ -115,7 +115,8 @@ class ChildTuning(Ingredient):
         where: selectors of the weights; all others learn as usual.
         rows: rows of the training data that D looks at before the stage, drawn from them.
         fisher: ``row`` squares the gradient of each row, as the paper's equation; ``batch`` that of each ``batch_size`` rows, as its code.
-        strict: what the mask leaves out stands still, bit for bit; otherwise momentum and weight decay move it.
+        strict: what the mask leaves out stands still in this step, bit for bit; otherwise momentum and weight decay move it, as in the
+            paper.
     Differs: F masks the blocks by default, the authors' code all weights with the head; D looks at ``rows`` rows in eval mode,
         theirs at all under dropout; strict is ours.
     """
@@ -125,7 +126,7 @@ class ChildTuning(Ingredient):
     where: Annotated[tuple[str, ...], Field(min_length=1)] = ("blocks",)
     rows: Annotated[int, Field(ge=1)] = 512
     fisher: Literal["batch", "row"] = "row"
-    strict: bool = True
+    strict: bool = False
 
     def touches(self) -> tuple[Claim, ...]:
         # wraps: refuses what does away with gradients; owns: one mask a weight

@@ -59,13 +59,14 @@ class GMT(Ingredient):
     Args:
         keep_ratio: share of each tensor's entries that is kept, at most: those without a gradient are not; at 1 nothing changes.
         where: selectors of the weights; all others learn as usual.
-        strict: entries that are not kept stand still in this step, bit for bit; otherwise momentum and weight decay move them.
-    Differs: strict is not in the paper, whose rule is about the gradient alone.
+        strict: entries that are not kept stand still in this step, bit for bit; otherwise momentum and weight decay move them, as in
+            the paper, whose rule is about the gradient alone.
+    Differs: strict is ours.
     """
 
     keep_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     where: Annotated[tuple[str, ...], Field(min_length=1)] = ("all",)
-    strict: bool = True
+    strict: bool = False
 
     def touches(self) -> tuple[Claim, ...]:
         # wraps: refuses what does away with gradients; owns: one mask a weight; whole: the k-th largest is that of the whole tensor

@@ -285,7 +285,12 @@ def test_f_gives_the_clipped_gradient_over_p_where_it_gives_any() -> None:
 
 @pytest.mark.parametrize(
     "one",
-    [ChildTuning(), ChildTuning(fisher="batch", strict=False), ChildTuning(mode="free"), ChildTuning("free", 0.9)],
+    [
+        ChildTuning(),
+        ChildTuning(fisher="batch", strict=True),
+        ChildTuning("free"),
+        ChildTuning("free", 0.9, strict=True),
+    ],
 )
 def test_it_keeps_the_contract(one: ChildTuning) -> None:
     check_ingredient(one)
@@ -353,8 +358,8 @@ def test_it_says_what_it_keeps_in_memory() -> None:
     # The head has 16 x 3 + 3 = 51 weights of 4 bytes. A mask is 1 byte each, the copy 4; F and a gradient before the stage 8, and
     # with a second gradient, of a batch's parts so far, 12.
     table = begin(tiny("bert"), [], steps=1).plan.table
-    assert ChildTuning("free", where=("head",)).state_bytes(table) == 51 * 5
-    assert ChildTuning("free", where=("head",), strict=False).state_bytes(table) == 51
+    assert ChildTuning("free", where=("head",), strict=True).state_bytes(table) == 51 * 5
+    assert ChildTuning("free", where=("head",)).state_bytes(table) == 51
     assert ChildTuning("data", where=("head",)).state_bytes(table) == 51 * 8
     assert ChildTuning("data", where=("head",), fisher="batch").state_bytes(table) == 51 * 12
     assert ChildTuning("data", p=1.0).state_bytes(table) == 0
@@ -411,7 +416,7 @@ def test_micro_batches_do_not_change_what_is_chosen(tiny_model: Any, by: str) ->
 def test_in_every_family_the_share_of_the_blocks_moves_and_everything_else_learns(family: str) -> None:
     model = tiny(family)
     before = weights(model)
-    child = ChildTuning(p=0.2, fisher="batch")
+    child = ChildTuning(p=0.2, fisher="batch", strict=True)
     sample = [copy.deepcopy(rows) for rows in SAMPLE]
     loss = own_loss if family != "t5" else _tokens
     run = begin(model, [child, AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=2, sample=sample, loss=loss)
@@ -436,9 +441,7 @@ def _tokens(model: nn.Module, rows: Any) -> Tensor:
 def test_without_strict_weight_decay_moves_what_the_mask_leaves_out_by_pure_decay() -> None:
     model = tiny("bert")
     before = weights(model)
-    run = begin(
-        model, [ChildTuning(p=0.1, strict=False), AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=3, sample=SAMPLE
-    )  # fmt: skip
+    run = begin(model, [ChildTuning(p=0.1), AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=3, sample=SAMPLE)
     kept = masks(run)
     train(run)
     name = "bert.encoder.layer.1.output.dense.weight"

@@ -172,7 +172,7 @@ def test_without_ties_it_is_the_papers_threshold_on_the_clipped_gradient() -> No
 
 def test_it_keeps_the_contract() -> None:
     check_ingredient(GMT())
-    check_ingredient(GMT(keep_ratio=0.5, where=("blocks",), strict=False))
+    check_ingredient(GMT(keep_ratio=0.5, where=("blocks",), strict=True))
 
 
 def test_it_owns_the_gradient_at_its_weights_and_needs_them_whole() -> None:
@@ -212,8 +212,8 @@ def test_a_ratio_outside_zero_and_one_is_refused(ratio: float) -> None:
 def test_it_says_what_it_keeps_in_memory() -> None:
     # The head: 16 x 3 + 3 = 51 entries of 4 bytes, a copy and a mask of 1 byte: 51 x 5; without the copy one mask of 48 at a time.
     table = begin(tiny("bert"), [], steps=1).plan.table
-    assert GMT(where=("head",)).state_bytes(table) == 255
-    assert GMT(where=("head",), strict=False).state_bytes(table) == 48
+    assert GMT(where=("head",), strict=True).state_bytes(table) == 255
+    assert GMT(where=("head",)).state_bytes(table) == 48
     assert GMT(keep_ratio=1.0).state_bytes(table) == 0
 
 
@@ -257,7 +257,7 @@ def test_strict_entries_stand_still_under_momentum_and_decay_which_move_them_oth
 def test_strict_embeddings_of_tokens_that_a_step_does_not_read_stand_still() -> None:
     # Batches of 8 rows have 48 tokens, so at most 48 of 64 rows of the table have a gradient; 16 x 64 x 0.9 = 922 entries would.
     model = tiny("bert")
-    run = begin(model, [GMT(keep_ratio=0.9), AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=3)
+    run = begin(model, [GMT(keep_ratio=0.9, strict=True), AdamW(weight_decay=0.1)], learning_rate=1e-2, steps=3)
     table = model.get_input_embeddings().weight
     for number in range(3):
         before, read = table.detach().clone(), set(batch(number)["input_ids"].flatten().tolist())
@@ -266,7 +266,9 @@ def test_strict_embeddings_of_tokens_that_a_step_does_not_read_stand_still() -> 
         assert {at for at in range(64) if not torch.equal(table[at], before[at])} == read
 
 
-@pytest.mark.parametrize("mask", [GMT(keep_ratio=0.2, where=("blocks",)), ChildTuning(mode="free", p=0.2)])
+@pytest.mark.parametrize(
+    "mask", [GMT(keep_ratio=0.2, where=("blocks",), strict=True), ChildTuning(mode="free", p=0.2, strict=True)]
+)
 def test_strict_weights_stand_still_under_prior_decay_wherever_it_is_written(mask: Ingredient) -> None:
     ends = []
     for order in ([PriorDecay(weight_decay=5.0), mask], [mask, PriorDecay(weight_decay=5.0)]):
