@@ -15,7 +15,8 @@ from luthier.recipe.registry import INGREDIENTS
 
 if TYPE_CHECKING:
     from luthier.comparison import Comparison
-    from luthier.core.anatomy import Anatomy, Family
+    from luthier.core.anatomy import Anatomy
+    from luthier.core.families import Family
     from luthier.core.ingredient import Ingredient, ingredient
     from luthier.errors import LuthierError
     from luthier.finished.diff import diff
@@ -74,7 +75,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Anatomy": "luthier.core.anatomy",
-    "Family": "luthier.core.anatomy",
+    "Family": "luthier.core.families",
     "Ingredient": "luthier.core.ingredient",
     "ingredient": "luthier.core.ingredient",
     "diff": "luthier.finished.diff",

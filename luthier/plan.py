@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from luthier.core.anatomy import WORDS, Anatomy, Family
+from luthier.core.anatomy import WORDS, Anatomy
 from luthier.core.claims import Claim, Place, conflicts, needs
 from luthier.core.claims import voids as gone
 from luthier.core.context import Context, Progress, Shelf
+from luthier.core.families import Family
 from luthier.core.heads import two_layers
 from luthier.core.ingredient import Ingredient
 from luthier.core.stream import Shuffled, Stream

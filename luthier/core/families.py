@@ -1,6 +1,11 @@
-"""What the structural rule of ``anatomy`` cannot see: the few modules whose place in the code is not their place in the model."""
+"""What is known of families: what a user may declare, and the few modules whose place in the code is not their place in the model."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["embeddings", "block", "bridge", "head"]
 
 # Modules that stand beside the blocks, or after them, in the code, but feed every block: they belong to the embeddings.
 FEEDS_ALL_BLOCKS = frozenset({
@@ -18,3 +23,22 @@ EMBEDDINGS = {("deberta-v2", "encoder.LayerNorm"), ("deberta", "encoder.LayerNor
 
 # Families whose blocks all use one set of weights.
 SHARED = frozenset({"albert"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a model are: module names, each standing for all that is inside it.
+
+    Args:
+        blocks: the ModuleList or Sequential of blocks, such as ``encoder.layers``; empty where Luthier finds the parts by itself, and the
+            others say what it should take otherwise.
+        embeddings, bridge, head: modules, or single weights such as ``cls_token``; weights named nowhere are faults when ``blocks`` is
+            given.
+        shared: whether all blocks use one set of weights.
+    """
+
+    blocks: str = ""
+    embeddings: tuple[str, ...] = ()
+    bridge: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    shared: bool = False

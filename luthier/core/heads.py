@@ -10,8 +10,8 @@ import dataclasses
 
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family
-from luthier.core.families import POOLER
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import POOLER, Family
 from luthier.errors import Fault, ModelError
 
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")

@@ -14,7 +14,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.core.heads import two_layers
 from luthier.errors import Fault, LuthierError
 from luthier.sources.models import reload

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from luthier.core.anatomy import Family
+from luthier.core.families import Family
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import LuthierError
 

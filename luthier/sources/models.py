@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.core.heads import two_layers
 from luthier.core.seeds import borrowed
 from luthier.errors import Fault, did_you_mean

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family, select_all
+from luthier.core.anatomy import Anatomy, select_all
+from luthier.core.families import Family
 from luthier.core.modes import paused
 from luthier.core.scores import Array, softmax
 from luthier.errors import DataError, Fault, ModelError

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from luthier.core.anatomy import Anatomy, Family, canonical, select_all
+from luthier.core.anatomy import Anatomy, canonical, select_all
+from luthier.core.families import Family
 from luthier.errors import LuthierError, ModelError, RecipeError
 from tests.tiny import FAMILIES, tiny
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.core.heads import two_layers
 from luthier.errors import ModelError
 from tests.tiny import tiny

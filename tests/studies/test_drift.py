@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.errors import DataError, ModelError
 from luthier.studies.drift import (
     Drift,

@@ -15,7 +15,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from sklearn.linear_model import LogisticRegressionCV
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.errors import DataError, ModelError
 from luthier.studies.kernel_regression import kernel_regression, kernel_regressions
 from luthier.studies.ntk import NTK, ntk

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from luthier.core.anatomy import Family
 from luthier.core.claims import Claim, Place, needs, owns, scales
 from luthier.core.context import Around, Context, Progress, Shelf, Tensors
+from luthier.core.families import Family
 from luthier.core.groups import groups_of
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import ModelError, RecipeError

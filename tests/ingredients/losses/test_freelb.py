@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from luthier.core.anatomy import Family
 from luthier.core.claims import Place, needs, wraps
 from luthier.core.context import Context, Progress, Shelf
+from luthier.core.families import Family
 from luthier.core.ingredient import Ingredient
 from luthier.errors import ConflictError, ModelError, RecipeError
 from luthier.ingredients.losses.freelb import FreeLB, begun, climbed, held, sizes

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from luthier.core.anatomy import Family
 from luthier.core.claims import Claim, Place, needs, owns, wraps
 from luthier.core.context import Context, Progress, Shelf, Tensors
+from luthier.core.families import Family
 from luthier.core.groups import groups_of
 from luthier.core.ingredient import Ingredient, ingredient
 from luthier.errors import ConflictError, ModelError, RecipeError

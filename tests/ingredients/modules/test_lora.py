@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import luthier
-from luthier.core.anatomy import Family
 from luthier.core.claims import Place
 from luthier.core.context import Around
+from luthier.core.families import Family
 from luthier.errors import ConflictError, LuthierError, MissingExtra, RunError
 from luthier.ingredients.modules.isobn import IsoBN
 from luthier.ingredients.modules.lora import LoRA

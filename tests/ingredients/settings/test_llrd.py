@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from luthier.core.anatomy import Anatomy, Family
+from luthier.core.anatomy import Anatomy
+from luthier.core.families import Family
 from luthier.core.table import ParamTable
 from luthier.errors import LuthierError
 from luthier.ingredients.settings.anneal import Anneal

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from luthier.core.anatomy import Family
 from luthier.core.claims import Place, needs
+from luthier.core.families import Family
 from luthier.errors import ConflictError, ModelError, RecipeError, RunError
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.settings.freeze import Freeze

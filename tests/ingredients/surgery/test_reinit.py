@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from luthier.core.anatomy import Anatomy, Family, canonical, select_all
+from luthier.core.anatomy import Anatomy, canonical, select_all
 from luthier.core.claims import Place, needs, owns, voids
+from luthier.core.families import Family
 from luthier.core.seeds import borrowed
 from luthier.errors import ConflictError, ModelError, RecipeError
 from luthier.ingredients.averaging.swa import SWA
