@@ -10,7 +10,7 @@ import torch
 import transformers
 from common import median, write
 
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.text import read
 
 

@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from luthier.ingredients.surgery.neftune import NEFTune
     from luthier.ingredients.surgery.noisy_tune import NoisyTune
     from luthier.ingredients.surgery.reinit import Reinit
-    from luthier.plan import Plan, compose, skeleton
+    from luthier.planning.compose import compose, skeleton
+    from luthier.planning.plan import Plan
     from luthier.recipe.recipe import Recipe, Stage
     from luthier.report import Report
     from luthier.run import Run, begin
@@ -88,9 +89,9 @@ _WHERE = {
     "rerun": "luthier.finished.reruns",
     "study": "luthier.finished.studying",
     "LuthierError": "luthier.errors",
-    "Plan": "luthier.plan",
-    "compose": "luthier.plan",
-    "skeleton": "luthier.plan",
+    "Plan": "luthier.planning.plan",
+    "compose": "luthier.planning.compose",
+    "skeleton": "luthier.planning.compose",
     "Recipe": "luthier.recipe.recipe",
     "Stage": "luthier.recipe.recipe",
     "Report": "luthier.report",

@@ -12,7 +12,7 @@ from luthier.core.seeds import remembered
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import logits
 from luthier.placement import Placement
-from luthier.plan import Plan, StagePlan
+from luthier.planning.plan import Plan, StagePlan
 from luthier.quick import QuickRandom, keep_memory, quicken
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe

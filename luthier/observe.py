@@ -19,7 +19,7 @@ from luthier.core.ingredient import Ingredient, Outputs
 from luthier.core.modes import paused
 from luthier.core.stream import Shuffled
 from luthier.core.table import ParamTable
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, own_loss
 

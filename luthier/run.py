@@ -24,7 +24,8 @@ from luthier.core.groups import plain
 from luthier.core.modes import quieted
 from luthier.core.schedule import Schedule
 from luthier.errors import CheckpointError, Fault, ModelError, RunError
-from luthier.plan import Entry, StagePlan, compose, skeleton
+from luthier.planning.compose import compose, skeleton
+from luthier.planning.plan import Entry, StagePlan
 from luthier.recipe.recipe import Recipe, Stage
 
 

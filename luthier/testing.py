@@ -22,7 +22,7 @@ from luthier.core.anatomy import Anatomy
 from luthier.core.claims import Place
 from luthier.core.ingredient import Ingredient
 from luthier.observe import STEPS, Observed, batch, begin, observe, stage, step
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe import registry
 from luthier.recipe.text import build, parse, write
 

@@ -19,7 +19,7 @@ from luthier.core.context import Around, Progress, Shelf
 from luthier.core.ingredient import Findings, Ingredient, Outputs
 from luthier.errors import Fault, LuthierError
 from luthier.observe import _score, batch
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, own_loss

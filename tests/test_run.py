@@ -26,7 +26,7 @@ from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.optimizers.sam import SAM
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, begin
 from tests.tiny import tiny

@@ -19,7 +19,7 @@ from luthier.folder import RunFolder
 from luthier.jsonfile import plain
 from luthier.narrate import Narrator
 from luthier.placement import Placement
-from luthier.plan import StagePlan
+from luthier.planning.plan import StagePlan
 from luthier.report import Report
 from luthier.run import Run
 from luthier.signals import answered

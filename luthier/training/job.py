@@ -14,7 +14,8 @@ from torch import nn
 from luthier.core.claims import Claim, Place
 from luthier.core.claims import voids as gone
 from luthier.narrate import Narrator, Silent
-from luthier.plan import Plan, compose, skeleton
+from luthier.planning.compose import compose, skeleton
+from luthier.planning.plan import Plan
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks, data, models, places, tasks
 from luthier.sources.limits import pad_id

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from luthier.plan import StagePlan
+from luthier.planning.plan import StagePlan
 
 
 def movement(plan: StagePlan, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import nn
 from luthier.narrate import Narrator
 from luthier.outputs import logits
 from luthier.placement import Placement
-from luthier.plan import StagePlan
+from luthier.planning.plan import StagePlan
 from luthier.quick import QuickRandom, quicken
 from luthier.sources import models
 from luthier.sources.checks import FEW_TO_CALIBRATE

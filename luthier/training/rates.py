@@ -13,7 +13,8 @@ from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, RunError
 from luthier.narrate import Narrator
 from luthier.placement import Placement
-from luthier.plan import Entry, Plan, StagePlan, compose, skeleton
+from luthier.planning.compose import compose, skeleton
+from luthier.planning.plan import Entry, Plan, StagePlan
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.training import stages

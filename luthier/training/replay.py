@@ -19,7 +19,7 @@ from luthier.errors import Fault, LuthierError
 from luthier.jsonfile import atomically
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
-from luthier.plan import StagePlan
+from luthier.planning.plan import StagePlan
 from luthier.training import probing, stages
 from luthier.training.job import Job
 from luthier.training.trace import Trace

@@ -23,7 +23,7 @@ from luthier.errors import Fault, RunError
 from luthier.narrate import Narrator
 from luthier.outputs import BATCH, logits, scores
 from luthier.placement import Placement
-from luthier.plan import StagePlan
+from luthier.planning.plan import StagePlan
 from luthier.quick import QuickRandom, quicken
 from luthier.run import Run
 from luthier.sources import models

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from luthier.core.claims import Place
 from luthier.errors import Fault
-from luthier.plan import Plan, StagePlan
+from luthier.planning.plan import Plan, StagePlan
 from luthier.training.stages import pause_step
 
 _LATER = "Take a larger share, or leave the recipe out."

@@ -24,7 +24,7 @@ from luthier.ingredients.modules.lora import LoRA
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.ingredients.surgery.reinit import Reinit
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient

@@ -23,7 +23,7 @@ from luthier.ingredients.modules.lora import LoRA
 from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.surgery.mixout import Mixout
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient

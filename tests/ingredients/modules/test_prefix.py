@@ -24,7 +24,7 @@ from luthier.ingredients.modules.prefix import Prefix, Vectors, put_before, seen
 from luthier.ingredients.optimizers.adamw import AdamW
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.recipe.text import build

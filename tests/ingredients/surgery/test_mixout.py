@@ -290,7 +290,7 @@ def test_in_a_loop_of_ones_own_each_forward_pass_sees_another_mask():
 
 @pytest.mark.slow
 def test_compiled_it_draws_the_same_masks():
-    from luthier.plan import compose, skeleton
+    from luthier.planning.compose import compose, skeleton
     from luthier.recipe.recipe import Recipe, Stage
 
     told = []

@@ -356,7 +356,7 @@ def test_gradients_flow_through_the_noise_as_through_a_constant() -> None:
 
 @pytest.mark.slow
 def test_compiled_it_draws_the_same_noise() -> None:
-    from luthier.plan import compose, skeleton
+    from luthier.planning.compose import compose, skeleton
     from luthier.recipe.recipe import Recipe, Stage
 
     told = []

@@ -26,7 +26,7 @@ from luthier.ingredients.settings.thaw import Thaw
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.ingredients.surgery.noisy_tune import NoisyTune
 from luthier.ingredients.surgery.reinit import Reinit, drawn_anew
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import begin
 from luthier.testing import check_ingredient

@@ -28,7 +28,8 @@ from luthier.ingredients.optimizers.rec_adam import RecAdam
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.mixout import Mixout
-from luthier.plan import Plan, compose, skeleton
+from luthier.planning.compose import compose, skeleton
+from luthier.planning.plan import Plan
 from luthier.recipe.recipe import Recipe, Stage
 from tests.tiny import tiny
 

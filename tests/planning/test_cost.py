@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.cost import Memory
-from luthier.plan import compose, skeleton
+from luthier.planning.compose import compose, skeleton
+from luthier.planning.cost import Memory
 from luthier.recipe import registry
 from luthier.recipe.recipe import Recipe, Stage
 from luthier.run import Run

@@ -9,7 +9,7 @@ from luthier.core.table import Row
 from luthier.units import count, size
 
 if TYPE_CHECKING:
-    from luthier.plan import Entry, Plan, StagePlan
+    from luthier.planning.plan import Entry, Plan, StagePlan
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
