@@ -208,6 +208,30 @@ def differences(told: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def costs(runs: list[dict[str, Any]], references: Iterable[str]) -> str:
+    """Seconds of each recipe as a multiple of each reference's, and MB of peak memory more, as a Markdown table.
+
+    Paired by set and seed, the median over all pairs.
+    """
+    known = {(run["set"], run["recipe"], run["seed"]): run for run in runs}
+    references = list(references)
+    heads = [f"{what} {reference}" for reference in references for what in ("time x", "MB over")]
+    lines = ["| recipe | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for recipe in dict.fromkeys(run["recipe"] for run in runs):
+        cells = []
+        for reference in references:
+            mine = [(one, known.get((one["set"], reference, one["seed"]))) for one in runs if one["recipe"] == recipe]
+            pairs = [(one, other) for one, other in mine if other]
+            if not pairs:
+                cells += ["–", "–"]
+                continue
+            cells.append(f"{statistics.median(one['seconds'] / other['seconds'] for one, other in pairs):.2f}")
+            more = statistics.median(one["peak_bytes"] - other["peak_bytes"] for one, other in pairs)
+            cells.append(f"{more / 1e6:+.0f}")
+        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(name: str, runs: list[dict[str, Any]]) -> None:
     """A dot a seed and a bar at the mean, one panel a set; readable in grey."""
     import matplotlib as mpl

@@ -6,7 +6,7 @@ the values its paper or its authors' code starts from, or its default here; none
 
 from __future__ import annotations
 
-from grid import Entry, against, differences, go, plot, table
+from grid import Entry, against, costs, differences, go, plot, table
 
 
 def beside(**ingredient: dict[str, object]) -> Entry:
@@ -41,4 +41,5 @@ if __name__ == "__main__":
     runs = go("regularisers", METHODS)
     print(table(runs))
     print(differences(against(runs, "mosbach")))
+    print(costs(runs, ("ft", "mosbach")))
     plot("regularisers", runs)
