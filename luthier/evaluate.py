@@ -15,7 +15,7 @@ __all__ = ["HIGHER_IS_BETTER", "Bin", "classification", "confusion", "mistakes",
 
 
 def classification(logits: Array, labels: Array) -> dict[str, Any]:
-    """accuracy, f1_macro, nll (nats), brier, ece (15 equal-width bins) and n.
+    """accuracy, f1_macro, mcc, nll (nats), brier, ece (15 equal-width bins) and n.
 
     Args:
         logits: shape (n, k), unnormalised.
@@ -30,6 +30,7 @@ def classification(logits: Array, labels: Array) -> dict[str, Any]:
     return {
         "accuracy": float((found == labels).mean()),
         "f1_macro": f1_macro(found, labels),
+        "mcc": mcc(found, labels),
         "nll": nll(logits, labels),
         "brier": brier(logits, labels),
         "ece": ece(logits, labels),
@@ -47,6 +48,20 @@ def f1_macro(found: Array, labels: Array) -> float:
     right = np.bincount(labels[found == labels], minlength=classes)
     occurs = there + said > 0
     return float(np.mean(2 * right[occurs] / (there + said)[occurs]))
+
+
+def mcc(found: Array, labels: Array) -> float:
+    """Matthews' correlation of classes: (c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k t_k^2)), in [-1, 1].
+
+    c rows of n are right, p_k were said to be of class k, t_k are. It is 0 where one class is always said, or there is one class only.
+
+    Source: Gorodkin, Computational Biology and Chemistry 28 (2004), R_K; with two classes, Matthews (1975).
+    Differs: the numbers are sklearn's matthews_corrcoef; it is slow as its f1_score is.
+    """
+    classes, n = int(max(found.max(), labels.max())) + 1, len(labels)
+    there, said = (np.bincount(one, minlength=classes).astype(np.float64) for one in (labels, found))
+    spread = math.sqrt((n * n - said @ said) * (n * n - there @ there))
+    return float((found == labels).sum() * n - said @ there) / spread if spread else 0.0
 
 
 def regression(predictions: Array, targets: Array) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _lines(report: Report) -> list[str]:
     else:
         value = _number(report.metrics[shown].get(report.metric))
         title = f"{report.recipe}, seed {report.seed}: {report.metric} {value} on {shown}"
-    lines = [*_wrapped(title, ""), *_table(report.splits, report.chosen_on)]
+    lines = [*_wrapped(title, ""), *_table(report.splits, report.metric, report.chosen_on)]
     if shown and (known := report.baseline(shown)) and (report.task == "regression" or report.no_better(shown)):
         what = repr(known[2]) if report.task == "classification" else known[2]
         told = f"  always answering {what}: {known[0]} {_number(known[1])} on {shown}"
@@ -217,8 +217,8 @@ def _lines(report: Report) -> list[str]:
     return [*lines, f"  report: {Path(report.path) / 'report.html'}" if report.path else "  nothing was kept on disk"]
 
 
-def _table(splits: Mapping[str, Mapping[str, Any]], chosen_on: str = "") -> list[str]:
-    every = ("accuracy", "f1_macro", "nll", "ece", "rmse", "mae", "pearson", "spearman")
+def _table(splits: Mapping[str, Mapping[str, Any]], metric: str, chosen_on: str = "") -> list[str]:
+    every = dict.fromkeys((metric, "accuracy", "f1_macro", "nll", "ece", "rmse", "mae", "pearson", "spearman"))
     names = [name for name in every if any(name in scores for scores in splits.values())][:4]
     lines = [f"  {'':<20}{''.join(f' {name:>9}' for name in names)}{'rows':>10}"] if splits else []
     for split, scores in splits.items():

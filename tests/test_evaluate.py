@@ -27,6 +27,14 @@ def test_by_hand_accuracy_and_macro_f1():
     assert told["n"] == 4
 
 
+def test_by_hand_matthews_correlation():
+    # found 0 0 1 1, true 0 1 1 1: 3 of 4 right, said 2 2, there 1 3: (12 - 8) / sqrt((16 - 8) (16 - 10)) = 4 / sqrt(48)
+    assert evaluate.mcc(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])) == pytest.approx(4 / 48**0.5)
+    assert evaluate.mcc(np.array([1, 0]), np.array([0, 1])) == -1.0
+    assert evaluate.mcc(np.array([1, 1, 1]), np.array([0, 1, 1])) == 0.0  # always one class
+    assert evaluate.mcc(np.array([1, 1]), np.array([1, 1])) == 0.0
+
+
 def test_by_hand_regression():
     # errors 1, -1, 2: rmse sqrt(2), mae 4/3
     told = regression(np.array([2.0, 1.0, 5.0]), np.array([1.0, 2.0, 3.0]))
@@ -61,6 +69,7 @@ def test_parity_with_sklearn(seed, classes):
     assert told["f1_macro"] == pytest.approx(
         metrics.f1_score(labels, logits.argmax(1), average="macro", zero_division=0)
     )
+    assert told["mcc"] == pytest.approx(metrics.matthews_corrcoef(labels, logits.argmax(1)))
     assert (
         confusion(logits, labels) == metrics.confusion_matrix(labels, logits.argmax(1), labels=range(classes))
     ).all()

@@ -17,6 +17,7 @@ LOWEST, HIGHEST = 0.05, 20.0  # temperatures beyond these say that validation ca
 HIGHER_IS_BETTER: dict[str, bool] = {
     "accuracy": True,
     "f1_macro": True,
+    "mcc": True,
     "nll": False,
     "brier": False,
     "ece": False,
@@ -25,7 +26,7 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "pearson": True,
     "spearman": True,
 }
-Metric = Literal["accuracy", "f1_macro", "nll", "brier", "ece", "rmse", "mae", "pearson", "spearman"]
+Metric = Literal["accuracy", "f1_macro", "mcc", "nll", "brier", "ece", "rmse", "mae", "pearson", "spearman"]
 
 
 def better(value: float | None, best: float | None, *, higher: bool) -> bool:

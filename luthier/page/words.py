@@ -12,6 +12,7 @@ from luthier.report import Report
 TITLES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
+    "mcc": "MCC",
     "nll": "NLL (nats)",
     "brier": "Brier score",
     "ece": "ECE",

@@ -145,6 +145,7 @@ def _gap(out: Outputs) -> Array:
 ROWS: dict[str, Callable[[Outputs], Array]] = {"accuracy": _right, "nll": _likelihood, "brier": _square, "mae": _gap}
 _SCORES: dict[str, Callable[[Outputs], float]] = {
     "f1_macro": lambda out: evaluate.f1_macro(out.logits.argmax(axis=1), out.targets),
+    "mcc": lambda out: evaluate.mcc(out.logits.argmax(axis=1), out.targets),
     "ece": lambda out: ece(out.logits, out.targets),
 }
 
