@@ -136,6 +136,9 @@ class Comparison:
         metric: what is compared; higher_is_better: whether more of it is.
         unit: how a difference is told: name (``points``), factor (100), digits (1).
         recipes: in the order given.
+        settings: each data set and model.
+        trials: every run, done or not.
+        levels, versus: the recipes' scores, and their differences.
         best_of: by setting, by recipe: [{"n", "expected", "standard_deviation"}], E[best of n runs] on validation, of independent
             runs.
         reliability: by setting, by recipe, ``{"before": bins, "after": bins}`` on the shown split, all seeds together.
@@ -145,6 +148,7 @@ class Comparison:
             (a share), runs_equivalent (full runs that cost as much); else empty.
         notes: what else to know; failed runs are named here.
         asked: the design, as design.json has it.
+        path: the comparison's folder; None when nothing was kept.
     """
 
     metric: str

@@ -34,7 +34,12 @@ class Fault:
 
 
 class LuthierError(Exception):
-    """Something a user can mend. ``str(error)`` is the whole message; no traceback is needed to act on it."""
+    """Something a user can mend. ``str(error)`` is the whole message; no traceback is needed to act on it.
+
+    Args:
+        message: the first line, or all there is.
+        faults: one line each below it.
+    """
 
     exit_code = 2
 

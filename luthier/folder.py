@@ -33,7 +33,8 @@ class RunFolder:
     """An open run folder.
 
     Files: ``recipe.yaml`` (every default filled in), ``call.json``, ``plan.json``, ``environment.json``, ``log.jsonl``,
-    ``checkpoints/``; and at the end ``model/``, ``report.json`` and ``report.html``.
+    ``checkpoints/``; where asked for ``stages/``, ``adapter/`` and ``paused.json``; and at the end ``model/``, ``outputs.npz``,
+    ``report.html`` and, last, ``report.json``.
 
     Args:
         path: where.

@@ -57,10 +57,13 @@ class Report:
     """Everything that is told about a run.
 
     Args:
+        recipe, recipe_digest, seed: what was done.
+        task: classification or regression; labels: the classes' names, or the target's.
         metric: the name of the metric that is looked at first.
         metrics: scores by split: ``{"validation": {...}, "test": {...}, "ood": {NAME: {...}}}``.
         calibrated: the same after calibration; empty when there is none.
         calibration: what calibration found, such as ``{"temperature": 1.31, "at_bound": False}``.
+        stages, movement: what each stage took, and how far it moved the weights of each depth.
         curves: ``loss`` and ``learning_rate`` as [step, value], ``validation`` as [step, scores], ``stage_starts`` as
             [step, name]; steps are counted over the whole run.
         confusion: by split, counts; row = true class, column = predicted class.
@@ -69,6 +72,8 @@ class Report:
         data: source, digest, notes, sizes by split; constant, the RMSE by split of always answering the mean training label.
         model: source, digest, parameters.
         plan: the plan as JSON; only the page looks inside.
+        warnings: what else to know, as sentences.
+        seconds: of the whole run, all its sessions together.
         path: the run folder; None when nothing was kept.
         scatter: (true, predicted) of a regression, at most 500.
         environment: versions and hardware, as environment.json has them.

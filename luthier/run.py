@@ -354,7 +354,7 @@ def begin(
         a Run: for each batch ``run.offer(run.closure(batch)); run.step()``, and ``run.finish()`` at the end. ``offer`` leaves the gradients
         and gives the loss; without SAM and MeZO, which replace the step, ``run.loss(model, batch).backward()`` does as well.
     Raises:
-        RecipeError, ConflictError: as ``compose`` does.
+        RecipeError, ConflictError, ModelError: as ``compose`` does.
     """
     stage = Stage(name="train", ingredients=tuple(ingredients), steps=steps, learning_rate=learning_rate)
     recipe = Recipe(name="begin", stages=(stage,), seed=seed, family=family)

@@ -26,7 +26,7 @@ stages:
   - name: finetune
     epochs: {epochs}               # {why}
     learning_rate: 2e-5
-    batch_size: {batch}           # rows in one step; 'micro_batch: 4' would split it to save memory, and change nothing else
+    batch_size: {batch}           # rows in one step; 'micro_batch: 4' would split it to save memory
     ingredients:
       - anneal: {{shape: linear, warmup: 0.1}}
       - adamw: {{weight_decay: 0.01}}

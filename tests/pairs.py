@@ -186,7 +186,12 @@ def page() -> str:
         lines += [f"## {family}: {about}", ""]
         lines += [f"- [{name}]({name}.md): {_sentence(name)}" for name in names if registry.family(name) == family]
         lines.append("")
-    lines += ["## across runs", "", "- [soup](soup.md): the mean of the weights of several runs: `luthier soup`.", ""]
+    lines += [
+        "## across runs (no ingredient)",
+        "",
+        "- [soup](soup.md): the mean of the weights of several runs: `luthier soup`.",
+        "",
+    ]
     pairs = [(one, other) for at, one in enumerate(names) for other in names[at + 1 :]]
     refused = [(one, other, why) for one, other in pairs if (why := refusal(one, other))]
     idle = "; ".join(f"`{one}` beside `{other}`: {why}" for (one, other), why in IDLE.items())

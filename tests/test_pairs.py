@@ -36,3 +36,6 @@ def test_whether_a_pair_is_refused_does_not_hang_on_its_order():
 
 def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.pairs writes it"
+    told = re.search(r"Of (\d+) pairs, (\d+) train together", page())
+    readme = (PAGE.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert told and f"{told[2]} of {told[1]} pairs do" in readme

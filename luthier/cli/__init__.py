@@ -1,6 +1,6 @@
 """The command line. Light to load: what needs torch is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 failed in the run, 2 refused before it.
+Exit codes: 0 done, 1 failed or stopped in the run (of rerun: other weights), 2 refused before it.
 """
 
 from __future__ import annotations

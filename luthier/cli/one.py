@@ -162,7 +162,7 @@ def plan(
     sets: SetOption = None,
     demo: DemoOption = False,
     time: Annotated[
-        bool, typer.Option("--time/--no-time", help="Time one step and forecast minutes and memory.")
+        bool, typer.Option("--time/--no-time", help="Time a step of each stage and forecast minutes and memory.")
     ] = True,
 ) -> None:
     """Check everything and show who would learn what; trains nothing and writes nothing."""
@@ -246,7 +246,12 @@ def rerun(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Where the data is now, if it moved or was in memory.")
     ] = None,
-    ood: OodOption = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ood", help="NAME=PATH: where a shifted test is now, if it moved or was in memory; may be repeated."
+        ),
+    ] = None,
     out_domain: Annotated[
         str | None, typer.Option("--out-domain", help="Where the out-domain rows are now, if they moved.")
     ] = None,

@@ -15,7 +15,7 @@ RecipeOption = Annotated[
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A local folder, a hub id, or 'demo'.")]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", "-d", help="A file (csv, tsv, json, jsonl, parquet, .gz), a folder, or a hub id."),
+    typer.Option("--data", "-d", help="A file (csv, tsv, json, jsonl, parquet, .gz), a folder, a hub id, or 'demo'."),
 ]
 TextOption = Annotated[str | None, typer.Option("--text", help="Column of the text; inferred if not given.")]
 PairOption = Annotated[str | None, typer.Option("--text-pair", help="Column of the second text.")]

@@ -103,7 +103,7 @@ class Around:
         loss: (model, batch) -> mean loss over the batch's rows, shape (): the task's, without any ingredient.
         sample: training batches, each a mapping; asked twice, the same ones, as many as there are rows.
         score: a model's scores on the validation rows, by metric; leaves the model as it was.
-        metric: the score that counts when an ingredient names none, and whether more of it is better.
+        metric: the score that counts when an ingredient names none.
     """
 
     loss: LossFn | None = None

@@ -125,6 +125,7 @@ def soup(
         data: what it is scored on: rows that no run was trained on; None = the rows that all the runs held out, read again.
         how: ``uniform`` takes all; ``greedy`` adds them one by one, the best on validation first, and keeps what does no harm there.
         ood: more shifted tests, by name.
+        narrator: who says what happens.
     Raises:
         LuthierError: the runs do not fit together, their data is not what it was or was not split alike, ``out`` is not empty, or there
             are no validation rows to be greedy on.

@@ -45,11 +45,13 @@ def study(
         kinds: ``ntk``, the kernel at the start of a stage; ``drift``, how far the features moved in each stage (a run only);
             ``clusters``, how the labels lie in each layer; ``forgetting``, which rows the last training lost (a run of a
             classification only). None = all that can be had.
+        recipe: of a model before a run: by which it would be trained.
         data, ood, out_domain, label_map: as in ``fit``; they go before the run's own.
         stage: at whose start the kernel is, and since when forgetting counts; None = the last one, and the last one that trains.
         general: the split that should not be forgotten; None = all shifted tests, else ``test``.
         rows: rows that are looked at, the first ones of each split; forgetting looks at all.
         seed: of the head of a model that was not trained yet.
+        narrator: who says what happens.
     Returns:
         one a kind. With a run folder they are also written into ``study/`` there, and into its report.html.
     Raises:

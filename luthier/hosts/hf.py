@@ -1,7 +1,7 @@
 """A Run as parts of ``transformers.Trainer``: the same ingredients, their trainer.
 
 run = luthier.begin(model, [LLRD(0.9), SWA(0.75)], learning_rate=2e-5, steps=1000)
-parts = luthier.hosts.hf.parts(run, args)
+parts = luthier.hosts.hf.parts(run, args)  # args: TrainingArguments with max_grad_norm=0, max_steps=1000
 trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
 trainer.train()
 run.finish()
@@ -46,7 +46,8 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
         run: what ``luthier.begin`` made; it holds model, optimizer, schedule and loss.
         args: the Trainer's own arguments, which must not do again, or otherwise, what the run does.
     Raises:
-        ConflictError: ``args`` clip gradients, accumulate where a step is replaced, or stop at another step; all told at once.
+        ConflictError: ``args`` clip gradients, smooth labels, make the noise of a NEFTune that the run has, accumulate where a step is
+            replaced, or stop at another step; all told at once.
     """
     faults = []
     if args.max_grad_norm:

@@ -62,7 +62,7 @@ def compose(
     Raises:
         RecipeError: values that cannot hold for this model or these rows, or an ingredient that matches nothing.
         ConflictError: ingredients that cannot share a stage. All faults of all stages are told at once.
-        ModelError: the model cannot have the head that the recipe asks for.
+        ModelError: the model's parts cannot be told apart, or it cannot have the head that the recipe asks for.
     """
     around = (*voids, *(() if out_domain else (gone(Place.OUT_DOMAIN),)))
     family = two_layers(shape, recipe.family) if recipe.head == "mlp" else recipe.family

@@ -80,7 +80,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe made definite: order, tables, steps, cost. Holds no weights."""
+    """A recipe made definite: order, tables, steps, cost. Holds no weights.
+
+    Args:
+        recipe: what was asked.
+        stages: in order, each made definite for the model as the one before leaves it.
+    """
 
     recipe: Recipe
     stages: tuple[StagePlan, ...]

@@ -58,6 +58,7 @@ class Recipe:
     Args:
         name: how reports call it.
         stages: at least one.
+        description: a sentence for lists of recipes.
         seed: every random stream of the run is derived from it, but for the split of the data.
         seeds: seeds of single streams that go before it: ``head`` (its start), ``order`` (of the rows), ``dropout``, and ``split`` (which
             rows are validation and test when the data does not say; 0 without, so that runs of other seeds have the same rows).

@@ -94,6 +94,7 @@ def compare(
     Raises:
         LuthierError: something is wrong with a recipe, the data or the model, before the first run.
         RunError: every run has failed.
+        Stopped: it was asked to stop; the same call goes on from there.
     """
     place = Place(on, workers, slurm or {}, save_every)
     place.check()
@@ -225,7 +226,13 @@ def finish(desk: Desk, design: Design, say: Narrator, place: Place) -> Compariso
 def gather(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
     """What the runs in ``folder`` say, as they are now; writes comparison.json and compare.html there.
 
-    Args and errors are those of ``luthier.trials.gather.gather``.
+    Args:
+        folder: of the comparison.
+        design: what is compared; None = as ``folder`` says.
+        metric: what they are compared by; None = as the comparison says. Where runs were chosen, by a search or early, it stays.
+    Raises:
+        LuthierError: there is no comparison in ``folder``, no run has ended, or the metric is none of them.
+        RunError: none has ended well, and one has failed.
     """
     found = gathering.gather(folder, design, metric=metric)
     found.save(folder)

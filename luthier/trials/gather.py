@@ -29,14 +29,7 @@ from luthier.trials.spared import cost
 
 
 def gather(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
-    """What the runs in ``folder`` that have ended say.
-
-    Args:
-        metric: what they are compared by; None = as the comparison says. Where runs were chosen, by a search or early, it stays.
-    Raises:
-        LuthierError: there is no comparison in ``folder``, no run has ended, or the metric is none of them.
-        RunError: none has ended well, and one has failed.
-    """
+    """What the runs in ``folder`` that have ended say. Args and errors are those of ``luthier.gather``, which also writes it there."""
     desk = Desk(Path(folder))
     known = design or Design.load(desk.path)
     trials = known.trials()
