@@ -50,6 +50,8 @@ class Best(Ingredient):
         per_epoch: evaluations in an epoch, instead; with neither there is one at each epoch's end.
         metric: what is compared; None = the run's.
         patience: evaluations in a row without a better one after which the stage ends; None goes on to its last step.
+    Raises:
+        RecipeError: ``per_epoch`` where the rows are not known.
     Differs: the authors' code keeps a reference to the live weights where they are on the CPU, so that its best is its last.
     """
 

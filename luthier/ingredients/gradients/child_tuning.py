@@ -117,6 +117,9 @@ class ChildTuning(Ingredient):
         fisher: ``row`` squares the gradient of each row, as the paper's equation; ``batch`` that of each ``batch_size`` rows, as its code.
         strict: what the mask leaves out stands still in this step, bit for bit; otherwise momentum and weight decay move it, as in the
             paper.
+    Raises:
+        RecipeError: D without training rows, or with batches without labels.
+        RunError: D's gradients are not finite.
     Differs: F masks the blocks by default, the authors' code all weights with the head; D looks at ``rows`` rows in eval mode,
         theirs at all under dropout; strict is ours.
     """

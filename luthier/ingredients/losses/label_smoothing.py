@@ -68,6 +68,8 @@ class LabelSmoothing(Ingredient):
 
     Args:
         eps: the share of the target that is spread; 0 changes nothing.
+    Raises:
+        ModelError: there are no classes, or the loss is not the cross-entropy against one of them.
     Differs: nothing over cross-entropy. Over a loss with more in it (a penalty that was written before) all of that
         loss is weighted by 1 - eps. Where a loss makes several forward passes, the logits of the last count. Where there is
         a label for each token, the first loss is compared with the cross-entropy to see which token each is for.

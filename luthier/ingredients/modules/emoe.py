@@ -115,6 +115,9 @@ class EMoE(Ingredient):
         experts: groups of equal size; must divide the hidden units of the layer.
         k: experts that a token uses; all of them are the dense layer, bit for bit.
         where: selectors; each block of which they name a weight is split, so they must name all matrices of its feed-forward layer.
+    Raises:
+        RecipeError: ``where`` leaves out a matrix of a layer, or ``experts`` does not divide its units.
+        ModelError: a block without such a layer, with several, or with experts already.
     """
 
     experts: Annotated[int, Field(ge=1)] = 64

@@ -131,6 +131,8 @@ class IsoBN(Ingredient):
         momentum: the weight of a step's statistics in the running ones.
         eps: keeps theta and k finite.
         beta: how far the scales follow the shared variance; 0 leaves the model alone.
+    Raises:
+        ModelError: no plain linear layer ends the head, it shares its weight, or it reads tokens.
     Differs: the authors' running statistics start at zero and are too small for the first hundred steps; ours are
         divided by the weight they have. The authors' scale knows the batch that it scales; ours ends with the step
         before.

@@ -43,6 +43,10 @@ class LoRA(Ingredient):
             whole.
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         dora: the product changes W's direction only (Liu et al. 2024, arXiv:2402.09353).
+    Raises:
+        MissingExtra: PEFT is not installed.
+        RecipeError: ``target`` matches nothing.
+        RunError: merged, the model does not give the same logits.
     """
 
     r: Annotated[int, Field(ge=1)] = 8

@@ -96,6 +96,9 @@ class Prefix(Ingredient):
         vectors: T; 0 is the frozen model as it is, of which the head learns.
         std: standard deviation of their start around 0.
         where: selectors; the self-attention of each block of which they name a weight gets vectors.
+    Raises:
+        RecipeError: ``where`` names no block.
+        ModelError: a block whose attention is not known.
     """
 
     vectors: Annotated[int, Field(ge=0)] = 17

@@ -76,6 +76,8 @@ class SAM(Ingredient):
     Args:
         rho: how far uphill, in units of the weights; 0 changes nothing.
         adaptive: whether the way is scaled by |w| (ASAM), so that rho is a relative change; ten times the ``rho`` is a usual start.
+    Raises:
+        ConflictError: the optimizer replaces gradients itself.
     """
 
     rho: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05

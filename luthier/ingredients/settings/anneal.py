@@ -63,6 +63,8 @@ class Anneal(Ingredient):
         warmup_steps: the same in optimizer steps; goes before ``warmup`` when given.
         start: factor on the rate at the start of the warm-up.
         end: factor on the rate at the end of the stage.
+    Raises:
+        RecipeError: more warm-up steps than the stage has.
     Differs: one-cycle leaves the momentum alone, which its authors move against the rate.
     """
 

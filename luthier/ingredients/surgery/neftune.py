@@ -112,6 +112,8 @@ class NEFTune(Ingredient):
 
     Args:
         alpha: size of the noise; each row's has the length alpha / sqrt(3), whatever the number of its tokens.
+    Raises:
+        ModelError: the model does not say where it looks words up.
     """
 
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
