@@ -19,6 +19,8 @@ from luthier.core.ingredient import Ingredient, ingredient
 from luthier.core.seeds import generator
 from luthier.core.stream import Batches, Stream
 
+_WINDOW = 50  # batches
+
 
 def filled(rows: Iterable[int], lengths: Sequence[int], max_tokens: int) -> Batches:
     """Cuts ``rows`` in their order into batches that hold as many rows as fit: rows x longest <= ``max_tokens``.
@@ -54,20 +56,25 @@ def padded(batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> int:
     return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
 
 
+def usual(batches: int) -> int:
+    """Batches that are sorted together when nobody says how many: 50, at most a quarter of an epoch's ``batches``, at least 1."""
+    return min(_WINDOW, max(1, batches // 4))
+
+
 @dataclass(frozen=True)
 class Alike:
     """Batches of rows of like length: the batches of each window of ``inner``, sorted, cut anew, shuffled.
 
     Args:
         inner: gives the rows of each epoch, shuffled.
-        window: batches of ``inner`` whose rows are sorted together.
+        window: batches of ``inner`` whose rows are sorted together; None as ``Lengths`` says.
         max_tokens: tokens of a padded batch; None = as many rows as ``inner`` has.
         seed: names the order of the batches, with ``key``.
         key: the stage and the ingredient.
     """
 
     inner: Stream
-    window: int
+    window: int | None
     max_tokens: int | None
     seed: int
     key: str
@@ -99,8 +106,9 @@ class Alike:
         batches = self.inner.epoch(number)
         draw = generator(self.seed, self.key, "batches", number)
         made: Batches = []
-        for at in range(0, len(batches), self.window):
-            window = batches[at : at + self.window]
+        width = self.window or usual(len(batches))
+        for at in range(0, len(batches), width):
+            window = batches[at : at + width]
             rows = sorted((row for batch in window for row in batch), key=lambda row: self.lengths[row])
             if self.max_tokens is not None:
                 made.extend(filled(rows, self.lengths, self.max_tokens))
@@ -115,15 +123,15 @@ class Lengths(Ingredient):
     """Puts rows of like length together; every row still comes once an epoch.
 
     Args:
-        window: batches that are sorted together; 1 leaves the batches as they are (unless there is a budget).
+        window: batches that are sorted together; 1 leaves the batches as they are (unless there is a budget). None: 50, but at most a
+            quarter of an epoch's, so that with few rows each still meets others in other epochs.
         max_tokens: a batch holds as many rows as fit, rows x longest <= this many tokens, instead of the stage's
             ``batch_size``; a longer row makes a batch of its own, and a note says so.
     Differs: transformers puts the longest row first and keeps the windows' descending order; here batches are shuffled
-        over the epoch, so that the length says nothing about the time. Where the data are few it sorts smaller windows;
-        here ``window`` holds.
+        over the epoch, so that the length says nothing about the time.
     """
 
-    window: Annotated[int, Field(ge=1)] = 50
+    window: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def touches(self) -> tuple[Claim, ...]:

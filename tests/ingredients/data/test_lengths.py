@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from luthier.core.context import Context, Progress, Shelf
 from luthier.core.seeds import generator
 from luthier.core.stream import Batches, Shuffled
 from luthier.errors import RecipeError
-from luthier.ingredients.data.lengths import Alike, Lengths, cut, filled, padded
+from luthier.ingredients.data.lengths import Alike, Lengths, cut, filled, padded, usual
 
 
 def context(*, seed: int = 3, key: str = "train/lengths") -> Context:
@@ -156,6 +157,19 @@ def test_the_windows_hold_the_rows_that_transformers_puts_together() -> None:
     }
 
 
+@pytest.mark.parametrize(("rows", "size", "by_hand"), [(200, 16, 3), (1600, 8, 50), (8000, 8, 50), (12, 4, 1)])
+def test_without_a_window_it_is_the_one_that_transformers_takes(rows: int, size: int, by_hand: int) -> None:
+    # 200 rows of 16 are 12.5 batches, and a quarter of them 3; of 200 and more batches it is 50; never less than one.
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    lengths = torch.randint(1, 1000, (rows,), generator=generator(0, "lengths")).tolist()
+    theirs, same = (
+        get_length_grouped_indices(lengths, size, window, generator(1, "order")) for window in (None, by_hand)
+    )
+    assert theirs == same
+    assert usual(-(-rows // size)) == by_hand
+
+
 # Conformance
 
 
@@ -187,6 +201,19 @@ def test_wider_windows_leave_less_padding(window: int, percent: int) -> None:
     lengths = tuple(range(1, 129)) * 8
     stream = Lengths(window=window).batches(Shuffled(lengths, 16, 0), context(seed=0))
     assert round(100 * (1 - sum(lengths) / padded(stream.epoch(0), lengths))) == percent
+
+
+@pytest.mark.parametrize(("window", "others"), [(1, 156), (50, 29), (None, 94)])
+def test_with_few_rows_a_row_still_meets_others(window: int | None, others: int) -> None:
+    # The card's numbers: 200 rows of 5 to 40 tokens in batches of 16, 20 epochs.
+    draw = random.Random(0)
+    lengths = tuple(draw.randint(5, 40) for _ in range(200))
+    stream = Lengths(window=window).batches(Shuffled(lengths, 16, 0), context(seed=0, key="k"))
+    met: list[set[int]] = [set() for _ in lengths]
+    for batch in (batch for number in range(20) for batch in stream.epoch(number)):
+        for row in batch:
+            met[row] |= {*batch} - {row}
+    assert round(sum(map(len, met)) / len(met)) == others
 
 
 def test_batches_of_like_length_do_not_come_in_the_order_of_their_length() -> None:
