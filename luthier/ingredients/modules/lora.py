@@ -25,6 +25,8 @@ from luthier.core.seeds import borrowed
 from luthier.core.table import ParamTable
 from luthier.errors import Fault, MissingExtra, RecipeError, RunError
 
+# What the query and value of an attention are called where PEFT has no choice for the family; the last are fused with the key.
+QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("q", "v"), ("Wqkv",), ("qkv",))
 TOLERANCE = 1e-4  # of merged against unmerged logits, relative to the largest
 
 
@@ -39,8 +41,8 @@ class LoRA(Ingredient):
         alpha: the product is scaled by alpha / r (alpha / sqrt(r) with ``rslora``).
         dropout: on the adapter's input.
         target: names that modules end with, such as ``query``; globs over whole names of linear modules; ``all-linear`` for those of the
-            blocks. Empty for PEFT's own choice for the family, or ``all-linear`` where it has none. Never the head, which learns
-            whole.
+            blocks. Empty for PEFT's own choice for the family; where it has none for the attention's query and value, or
+            ``all-linear`` where they have no name that is known. Never the head, which learns whole.
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         dora: the product changes W's direction only (Liu et al. 2024, arXiv:2402.09353).
     Raises:
@@ -132,7 +134,7 @@ class LoRA(Ingredient):
         body = [name for name in linears if not f"{name}.".startswith(heads)]
         found: dict[str, None] = {}
         faults = []
-        for entry in self.target or known or ("all-linear",):
+        for entry in self.target or known or _query_value(body) or ("all-linear",):
             if entry == "all-linear":
                 inside = tuple(f"{block}." for block in anatomy.block_names)
                 matched = [name for name in body if f"{name}.".startswith(inside)]
@@ -202,6 +204,12 @@ def _linears(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     ]
+
+
+def _query_value(names: list[str]) -> tuple[str, ...]:
+    """What query and value are called among linear modules; empty where they have no name that is known."""
+    there = (called for called in QUERY_VALUE if all(any(_ends(name, end) for name in names) for end in called))
+    return next(there, ())
 
 
 def _unmatched(model: nn.Module, anatomy: Anatomy, got: str) -> Fault:

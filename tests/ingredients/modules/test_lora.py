@@ -219,6 +219,19 @@ def test_a_head_whose_modules_are_called_like_the_target_learns_whole(family, tm
     assert torch.allclose(theirs(**BATCH).logits, merged, rtol=0, atol=1e-4 * float(merged.abs().max()))
 
 
+@pytest.mark.parametrize(("family", "names"), [
+    ("bert", {"query", "value"}), ("albert", {"query", "value"}), ("distilbert", {"q_lin", "v_lin"}), ("mpnet", {"q", "v"}),
+    ("deberta-v2", {"query_proj", "value_proj"}), ("llama", {"q_proj", "v_proj"}), ("t5", {"q", "v"}),
+    ("modernbert", {"Wqkv"}), ("gpt2", {"c_attn"}),  # query, key and value in one
+])  # fmt: skip
+def test_without_a_target_it_is_the_attentions_query_and_value_in_every_family(family, names):
+    run = begin(tiny(family), [LoRA(r=2)], steps=1)
+    held = {
+        name.partition(".lora_")[0].rpartition(".")[2] for name, _ in run.model.named_parameters() if ".lora_" in name
+    }
+    assert held == names
+
+
 def test_a_target_may_be_a_glob_over_whole_names():
     run = begin(tiny("bert"), [LoRA(r=2, target=("*.layer.[01].*.query",))], steps=1)
     held = {name.partition(".lora_")[0] for name, _ in run.model.named_parameters() if ".lora_" in name}
