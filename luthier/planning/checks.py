@@ -12,6 +12,8 @@ from luthier.errors import Fault, RecipeError
 from luthier.planning.plan import Entry
 from luthier.recipe.recipe import Stage
 
+KINDS = ("norms", "biases")  # words for what a recipe may be about, so that a model without is no model for it
+
 
 def selected(where: Sequence[str], anatomy: Anatomy) -> frozenset[str]:
     """The live names that any of ``where`` stands for; of a selector that cannot be, none."""
@@ -27,8 +29,10 @@ def idle(entries: Sequence[Entry], before: Anatomy, after: Anatomy, label: str) 
     faults: list[Fault] = []
     for entry in entries:
         for selector in dict.fromkeys(at for claim in entry.claims if claim.how != "voids" for at in claim.where):
-            if selector in WORDS and any(
-                selected(claim.where, after) for claim in entry.claims if selector in claim.where
+            if (
+                selector in WORDS
+                and selector not in KINDS
+                and any(selected(claim.where, after) for claim in entry.claims if selector in claim.where)
             ):
                 continue  # a model may have no bridge; a word is no slip of the pen
             try:
@@ -40,13 +44,8 @@ def idle(entries: Sequence[Entry], before: Anatomy, after: Anatomy, label: str) 
                 continue
             if not found:
                 some = ", ".join(part.canonical for part in after.parts[:3])
-                faults.append(
-                    Fault(
-                        f"{label} {entry.name}",
-                        f"matches no weight with {selector!r}",
-                        do=f"Weights are named like {some}.",
-                    )
-                )
+                do = f"The model has no {selector}." if selector in KINDS else f"Weights are named like {some}."
+                faults.append(Fault(f"{label} {entry.name}", f"matches no weight with {selector!r}", do=do))
     return faults
 
 

@@ -149,6 +149,18 @@ def test_one_that_finds_some_or_is_told_to_do_nothing_is_not(parts: list[Any]) -
     assert all(part in planned_ones for part in parts)
 
 
+def test_bitfit_takes_every_bias_and_is_refused_where_a_model_has_none() -> None:
+    # Of each block of a BERT: query, key, value, output 16 each, norm 16, 32 and 16 between, norm 16: 144, the norms' 32 of them.
+    for keep, many in (
+        ("*bias", 3 * 144 + 16 + 16 + 3),
+        ("biases", 3 * 112 + 16 + 3),
+    ):  # and of embeddings' norm, pooler, head
+        assert planned(stage(Freeze(keep=(keep,)))).stages[0].trainable == many
+    for keep in ("*bias", "biases"):
+        with pytest.raises(RecipeError, match="freeze  matches no weight with"):
+            planned(stage(Freeze(keep=("head", keep))), shape=tiny("llama", meta=True))
+
+
 def test_what_finds_nothing_because_of_a_conflict_or_names_nothing_is_told_once() -> None:
     with pytest.raises(ConflictError):
         planned(stage(LoRA(r=1), Mixout()))
