@@ -79,8 +79,9 @@ def _stage_seconds(job: Job, plan: StagePlan, placement: Placement) -> tuple[flo
     if plan.stage.solver == "exact":
         train = job.encoded["train"]
         some = train.take(range(0, len(train), max(1, len(train) // 32)))
+        looked = copy.deepcopy(job.loaded.model).to(placement.device)
         begun = time.perf_counter()
-        logits(job.loaded.model, some, pad_id=job.pad_id, placement=placement)
+        logits(looked, some, pad_id=job.pad_id, placement=placement)
         seconds = time.perf_counter() - begun
         count = sum(len(job.encoded[name]) for name in ("train", "validation") if name in job.encoded)
         return seconds / len(some) * count, f"features of {count} rows, then the solver"

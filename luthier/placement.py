@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from luthier.core.anatomy import Anatomy
@@ -31,6 +32,20 @@ def _check_trackers(names: Sequence[str]) -> None:
         raise MissingExtra(f"--track {missing[0]} needs its package.  pip install {TRACKERS[missing[0]]}")
 
 
+def _check_device(device: torch.device, precision: str) -> None:
+    """Accelerate takes what it finds: a device whose dropout cannot be seeded, or single precision in place of half."""
+    faults = []
+    if device.type not in ("cpu", "cuda"):
+        faults.append(
+            Fault("the device", "must be a processor or a CUDA device", device.type, "Set ACCELERATE_USE_CPU=true.")
+        )
+    if precision == "fp16" and device.type == "cpu":
+        do = "Say bf16 or fp32: there is no fp16 without a GPU."
+        faults.append(Fault("precision", "must be fp32 or bf16 on a processor", precision, do))
+    if faults:
+        raise RecipeError.of(faults, "the recipe for this machine")
+
+
 class Placement:
     """One process' view of all devices. With one process on a CPU it does nothing at all.
 
@@ -39,26 +54,30 @@ class Placement:
         compile: whether the forward pass is compiled.
         trackers: Accelerate's names of trackers (``tensorboard``, ``wandb``, ``mlflow``, ``trackio``); none by default.
         folder: where local trackers write.
+    Raises:
+        RecipeError: a tracker that is not known, fp16 on a processor, or a device that is neither a processor nor CUDA's.
+        MissingExtra: a tracker's package is not installed.
     """
 
     def __init__(
         self, *, precision: str = "fp32", compile: bool = False, trackers: Sequence[str] = (), folder: str | None = None
     ) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
         _check_trackers(trackers)
         AcceleratorState._reset_state()  # or a second run in this process could not have another precision
         self._accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
+            cpu=torch.backends.mps.is_available(),  # their generator is not one that a run could go on from
             log_with=list(trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self._compile = compile
         self.rank: int = self._accelerator.process_index
         self.processes: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
+        _check_device(self.device, precision)
         self.main: bool = self._accelerator.is_main_process
         # "accelerate launch --use_fsdp" says so in the environment; on a CPU Accelerate itself does not listen.
         self.sharded: bool = self.processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -87,7 +106,9 @@ class Placement:
             fully_shard(model)
             placed: nn.Module = model
         elif self.processes > 1:
-            placed = self._accelerator.prepare_model(model)
+            # not by Accelerate, whose model stays in half precision where scores are made
+            own = [self.device] if self.device.type == "cuda" else None
+            placed = DistributedDataParallel(model.to(self.device), device_ids=own, find_unused_parameters=True)
         else:
             placed = model.to(self.device)
         return torch.compile(placed) if self._compile else placed  # type: ignore[return-value]

@@ -201,6 +201,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "shelf": self._shelf.state_dict(),
+            "notes": list(self.notes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,6 +217,7 @@ class Run:
             raise CheckpointError(f"this state is not of stage {self.plan.name!r}: {error}") from None
         self._shelf.load_state_dict(state["shelf"])
         self.progress.step, self.progress.over = state["step"], state["over"]
+        self.notes[:] = state["notes"]
         self._wake()
 
     @property

@@ -28,10 +28,11 @@ class Stock:
 
     Args:
         folder: where arrays are kept; None keeps nothing on disk.
+        lasting: whether other runs come after this one, so that nothing is forgotten.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, *, lasting: bool = True) -> None:
+        self._folder, self._lasting = folder, lasting
         self._known: OrderedDict[str, Any] = OrderedDict()
 
     def get(self, key: str, make: Callable[[], T], *, most: int = MOST) -> T:
@@ -47,6 +48,13 @@ class Stock:
         for old in [one for one in self._known if one.partition("-")[0] == kind][:-most]:
             del self._known[old]
         return self._known[key]  # type: ignore[no-any-return]
+
+    def forget(self, kind: str) -> None:
+        """Lets go of values that this run needs no more, unless other runs come after it."""
+        if not self._lasting:
+            self._known = OrderedDict(
+                (one, value) for one, value in self._known.items() if one.partition("-")[0] != kind
+            )
 
     def arrays(self, key: str, make: Callable[[], Arrays]) -> Arrays:
         """The arrays at ``key``; one process makes them while the others wait."""

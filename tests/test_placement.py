@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import luthier
-from luthier.placement import Placement
+from luthier.placement import Placement, _check_device
 from tests.little import Asks, recipe, same, sentences, weights
 from tests.tinyfolder import tiny_folder
 
@@ -49,6 +50,36 @@ def test_one_process_on_a_cpu_leaves_the_model_as_it_is(tmp_path):
     assert placement.place(model, None) is model  # type: ignore[arg-type]
     assert (placement.processes, placement.sharded, placement.main) == (1, False, True)
     assert placement.gathered([1, 2]) == [1, 2]
+
+
+def test_several_processes_leave_the_model_in_single_precision_where_scores_are_made(tmp_path):
+    """One process that is told it is one of two: the model is wrapped, and its own forward pass is what it was."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        placement, model = Placement(precision="bf16"), torch.nn.Linear(2, 2)
+        placement.processes = 2
+        placed = placement.place(model, None)  # type: ignore[arg-type]
+        assert placed is not model and "forward" not in vars(model)
+        assert model(torch.ones(1, 2)).dtype == torch.float32
+        with placement.autocast():
+            assert placed(torch.ones(1, 2)).dtype == torch.bfloat16
+    finally:
+        dist.destroy_process_group()
+
+
+def test_half_precision_that_would_not_be_is_refused():
+    with pytest.raises(
+        luthier.LuthierError, match=r"precision  must be fp32 or bf16 on a processor; got fp16\.  Say bf16"
+    ):
+        _check_device(torch.device("cpu"), "fp16")
+    with pytest.raises(luthier.LuthierError, match="must be a processor or a CUDA device; got xpu"):
+        _check_device(torch.device("xpu"), "fp32")
+    _check_device(torch.device("cuda"), "fp16")
+
+
+def test_apples_gpus_are_passed_over_as_their_dropout_could_not_be_gone_on_with(monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert Placement().device == torch.device("cpu")
 
 
 def test_trainer_accumulation_is_the_big_batch(tmp_path):

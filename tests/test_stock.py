@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ import pytest
 import torch
 
 import luthier
+from luthier.recipe.text import build
 from luthier.stock import MOST, Stock, key
+from luthier.training import frozen
+from luthier.training.fitting import Fitting
 from tests.little import recipe, same, sentences, weights
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
@@ -35,6 +40,36 @@ def test_a_value_is_made_once_and_the_oldest_of_its_kind_goes():
     stock.get("a-1", lambda: make("once more"))
     stock.get("b-0", lambda: make("again"))
     assert made[-1] == "once more"
+
+
+def test_one_run_alone_lets_go_of_what_it_needs_no_more_and_one_of_several_does_not():
+    for lasting, left in ((False, {"b-0"}), (True, {"a-0", "b-0"})):
+        stock = Stock(lasting=lasting)
+        for name in ("a-0", "b-0"):
+            stock.get(name, lambda: 1)
+        stock.forget("a")
+        assert {name for name in ("a-0", "b-0") if stock.get(name, lambda: 2) == 1} == left
+
+
+def test_frozen_outputs_are_let_go_of_when_their_stage_is_over(tiny_model, monkeypatch):
+    alive = []
+    real = frozen.FrozenOutputs.learn
+
+    def learn(*given, **named):
+        kept = real(*given, **named)
+        alive.append(weakref.ref(kept))
+        return kept
+
+    seen = []
+    monkeypatch.setattr(frozen.FrozenOutputs, "learn", learn)
+    monkeypatch.setattr(Fitting, "_keep_end", lambda self, stage: seen.append([one() is not None for one in alive]))
+    stage = {"steps": 14, "batch_size": 8}
+    first = {"name": "top", **stage, "ingredients": [{"freeze": {"keep": ["head", "top:1"]}}]}
+    made = build({"name": "two", "max_length": 16, "stages": [first, {"name": "all", **stage}]}, inside="a test")
+    luthier.fit(made, model=tiny_model, data=sentences())
+    gc.collect()
+    assert len(alive) == 1
+    assert seen == [[False], [False]]
 
 
 def test_a_key_is_another_with_other_threads():

@@ -110,6 +110,8 @@ class Fitting:
         state = found.load()
         self.trace = Trace(**json.loads(state["trace"]))
         self.notes = list(state["notes"])
+        if self.trace.rates:
+            self.job = dataclasses.replace(self.job, plan=rates.rated(self.job, self.trace.rates))
         self.placement.load_state_dict(state.get("placement", {}))
         self.folder.rewind_log(state["logged"])
         at = f"step {step.step}" if step else "its start"
@@ -175,9 +177,10 @@ class Fitting:
         if found is None:
             found = rates.choose(self.job, plan, tries, self.placement, self.say, lambda: self.stopping)
             self.trace.rates[plan.name] = found
-            self.say.line(rates.told(found))
-            self.notes.append(rates.told(found))
-        self.job = dataclasses.replace(self.job, plan=rates.rated(self.job, plan, found["rate"]))
+            told = rates.told(plan.name, found)
+            self.say.line(told)
+            self.notes.append(told)
+            self.job = dataclasses.replace(self.job, plan=rates.rated(self.job, self.trace.rates))
         return self.job.plan.stages[plan.index]
 
     def _steps(self, plan: StagePlan, model: nn.Module, step: checkpoint.Checkpoint | None) -> list[str]:
@@ -195,7 +198,8 @@ class Fitting:
             self._pause(run)  # it may have been killed between its last checkpoint and the look at its scores
         kept = stages.keep_frozen(self.job, run, inner, self.placement, self.say)
         if kept:
-            run.notes.append(kept)
+            if kept not in run.notes:  # as it is where the run goes on
+                run.notes.append(kept)
             self.say.line(kept)
         hooks = Hooks(save=self._save_step, stop=lambda: self.stopping, log=self._log)
         try:
@@ -208,6 +212,7 @@ class Fitting:
         for note in run.notes[said:]:
             self.say.line(f"{plan.name}: {note}")
         self.placement.whole(run.model, model)
+        self.job.stock.forget("frozen")
         return run.notes
 
     def _save_step(self, step: int, run: Run) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.core.anatomy import Anatomy
 
 Collate = Callable[[Sequence[int]], Mapping[str, Tensor]]
-LIMIT = 2 * 1024**3  # bytes of kept outputs, in main memory
+LIMIT = 2 * 1024**3  # bytes of kept outputs, on the model's device
 
 
 @dataclass(frozen=True)

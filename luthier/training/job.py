@@ -101,7 +101,7 @@ def prepare(
     """
     say = (narrator or Silent()).line
     chosen = columns or Columns()
-    shared = stock or Stock()
+    shared = stock or Stock(lasting=False)
     split_seed = recipe.seed_of("split")
 
     def read() -> data.Data:

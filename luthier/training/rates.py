@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.core.claims import Place
@@ -60,19 +60,23 @@ def choose(
     return {"rate": best[0], "tried": [list(one) for one in tried], "metric": job.metric}
 
 
-def rated(job: Job, plan: StagePlan, rate: float) -> Plan:
-    """The job's plan with ``rate`` as the learning rate of one stage."""
-    stages_ = list(job.recipe.stages)
-    stages_[plan.index] = dataclasses.replace(plan.stage, learning_rate=rate)
+def rated(job: Job, found: Mapping[str, dict[str, Any]]) -> Plan:
+    """The job's plan with the learning rates that were ``found``, by the stage's name, as ``choose`` gave them."""
+    stages_ = (
+        dataclasses.replace(stage, learning_rate=found[stage.name]["rate"]) if stage.name in found else stage
+        for stage in job.recipe.stages
+    )
     recipe = dataclasses.replace(job.recipe, stages=tuple(stages_))
     made = compose(recipe, skeleton(job.loaded.model), lengths=job.training.lengths, out_domain=_spare(job))
     return Plan(job.recipe, made.stages)
 
 
-def told(found: dict[str, Any]) -> str:
-    """The choice as a sentence."""
+def told(stage: str, found: dict[str, Any]) -> str:
+    """The choice for a stage as a sentence."""
     each = ", ".join(f"{rate:g} {'no number' if score is None else f'{score:.4g}'}" for rate, score in found["tried"])
-    return f"the learning rate {found['rate']:g} was chosen by {found['metric']} on the validation rows ({each})"
+    return (
+        f"{stage}: the learning rate {found['rate']:g} was chosen by {found['metric']} on the validation rows ({each})"
+    )
 
 
 def _tried(

@@ -165,9 +165,10 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
                     trace.validation.append([trace.steps, dict(run.scored)])
                     told = {f"validation_{name}": value for name, value in run.scored.items()}
                     hooks.log({"stage": plan.name, "step": step + 1, **told})
-                hooks.save(step + 1, run)
                 if run.progress.over:
                     run.notes.append(f"ended after step {step + 1} of {plan.steps}: {run.progress.over}")
+                hooks.save(step + 1, run)
+                if run.progress.over:
                     break
                 if step + 1 < plan.steps and placement.anyone(hooks.stop()):
                     raise Stopped("stopped on request")

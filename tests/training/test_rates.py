@@ -12,10 +12,11 @@ from luthier.errors import ConflictError, RunError
 from luthier.ingredients.settings.discriminative import Discriminative
 from luthier.narrate import Silent
 from luthier.placement import Placement
+from luthier.recipe.text import build
 from luthier.run import begin
 from luthier.training import rates, stages
 from luthier.training.job import prepare
-from tests.little import recipe, same, sentences, weights
+from tests.little import Asks, recipe, same, sentences, weights
 from tests.tiny import tiny
 
 SEARCH = {"discriminative": {"bands": 2, "rate": "search", "rates": [1e-6, 1e-1, 1e-2], "epochs": 2}}
@@ -69,6 +70,28 @@ def test_the_stage_is_as_one_in_which_that_rate_is_written(tiny_model, tmp_path)
     written = recipe([{"discriminative": {"bands": 2}}, "adamw"], steps=5, lr=rate)
     luthier.fit(written, model=tiny_model, data=sentences(), out=tmp_path / "written")
     assert same(weights(tmp_path / "searched"), weights(tmp_path / "written"))
+
+
+def test_the_plan_of_the_report_has_the_rate_of_every_stage_that_chose_one(tiny_model, tmp_path):
+    stage = {"epochs": 1, "batch_size": 8, "ingredients": [SEARCH, "adamw"]}
+    two = build(
+        {"name": "two", "max_length": 16, "stages": [{"name": "a", **stage}, {"name": "b", **stage}]}, inside="a test"
+    )
+
+    def fit(out, **more):
+        return luthier.fit(two, model=tiny_model, data=sentences(), out=tmp_path / out, save_every=1, **more)
+
+    whole = fit("whole")
+    told = [note for note in whole.warnings if "was chosen by accuracy" in note]
+    assert [note[:2] for note in told] == ["a:", "b:"]
+    for note, planned in zip(told, whole.plan["stages"], strict=True):
+        assert f"the learning rate {planned['learning_rate']:g} was chosen" in note
+    # Stopped at step 2 of the second stage, after three trials of 12 steps, 6 steps and three trials more, it knows the first one's rate when it goes on.
+    with pytest.raises(luthier.LuthierError, match="stopped on request"):
+        fit("resumed", narrator=Asks(36 + 6 + 36 + 2))
+    again = fit("resumed", resume=True)
+    assert again.plan == whole.plan
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
 def test_a_rate_at_which_the_loss_is_no_number_leaves_nothing_behind(tiny_model):

@@ -17,6 +17,7 @@ from luthier import checkpoint
 from luthier.errors import LuthierError, RunError
 from luthier.recipe.text import build
 from tests.little import Asks, Counts, KillsItself, in_a_child, recipe, same, sentences, weights
+from tests.tinyfolder import tiny_folder
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
 KINDS = {
@@ -88,7 +89,9 @@ def test_killed_at_random_moments_and_resumed_ends_on_the_same_bits(kind, tiny_m
         assert same(weights(tmp_path / "whole"), weights(out))
         assert again.metrics == whole.metrics
         assert again.curves["loss"] == whole.curves["loss"]
-        assert [stage.steps for stage in again.stages] == [stage.steps for stage in whole.stages]
+        assert [(stage.steps, stage.notes) for stage in again.stages] == [
+            (stage.steps, stage.notes) for stage in whole.stages
+        ]
 
 
 @pytest.mark.parametrize("first", ["mixout", "lora"])
@@ -215,6 +218,16 @@ def test_asked_to_stop_it_stops_between_steps_and_goes_on_to_the_same_bits(tiny_
     assert caught.value.exit_code == 1
     fit(tiny_model, tmp_path / "run", kind, resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_what_was_noted_in_a_step_is_in_the_report_of_a_run_that_went_on(tmp_path):
+    tiny = tiny_folder(tmp_path / "tiny", dropout=0.0)  # of which r_drop takes note at the first step
+    whole = fit(tiny, tmp_path / "whole", "r_drop")
+    with pytest.raises(LuthierError, match="stopped on request at step 3"):
+        fit(tiny, tmp_path / "run", "r_drop", narrator=Asks(3))
+    again = fit(tiny, tmp_path / "run", "r_drop", resume=True)
+    assert any("r_drop" in note for stage in whole.stages for note in stage.notes)
+    assert [stage.notes for stage in again.stages] == [stage.notes for stage in whole.stages]
 
 
 def test_a_run_folder_is_not_overwritten_and_not_gone_on_with_by_another_run(tiny_model, tmp_path):
