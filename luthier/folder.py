@@ -6,14 +6,16 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from luthier import checkpoint
-from luthier.errors import Fault, LuthierError
+from luthier.errors import Fault, LuthierError, RunError
 from luthier.jsonfile import unwritable, write_whole
 
 PACKAGES = (
@@ -75,11 +77,11 @@ class RunFolder:
         try:
             before = self._known()  # another process may have begun, or ended, a run here meanwhile
             self._check(before, resume, identity)
+            if before is None:
+                self.write_json("environment.json", {"identity": identity, **(surroundings or {}), **environment()})
         except LuthierError:
             self.close()
             raise
-        if before is None:
-            self.write_json("environment.json", {"identity": identity, **(surroundings or {}), **environment()})
 
     @property
     def checkpoints(self) -> Path:
@@ -99,13 +101,23 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Adds a line to log.jsonl."""
+        """Adds a line to log.jsonl.
+
+        Raises:
+            RunError: the disk is full or cannot be written.
+        """
         if not self.main:
             return
-        if self._log is None:
-            self._log = (self.path / "log.jsonl").open("ab")
-        self._log.write((json.dumps(dict(values)) + "\n").encode())
-        self._log.flush()
+        path = self.path / "log.jsonl"
+        try:
+            if self._log is None:
+                self._log = path.open("ab")
+            self._log.write((json.dumps(dict(values)) + "\n").encode())
+            self._log.flush()
+        except OSError as error:
+            command = f"luthier fit --out {shlex.quote(str(self.path))} --resume"
+            do = f"When that is mended (a full disk: make room), {command} goes on from what was saved."
+            raise RunError(f"cannot write {path}: {error.strerror or error}.  {do}") from error
 
     @property
     def logged(self) -> int:
@@ -120,15 +132,18 @@ class RunFolder:
             os.truncate(path, min(size, path.stat().st_size))
 
     def latest(self, say: Any) -> tuple[checkpoint.Checkpoint | None, checkpoint.Checkpoint | None]:
-        return checkpoint.latest(self.checkpoints, say=say)
+        """What the run goes on from, as ``checkpoint.latest`` gives it; what is of no more use is removed."""
+        return checkpoint.latest(self.checkpoints, say=say, forget=self.main)
 
     def close(self) -> None:
         """Lets go of the lock; what was written stays."""
         if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)  # while it is held, so that no one else's is removed
+            with suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)  # while it is held, so that no one else's is removed
         for file in (self._log, self._lock):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what could not be written was told by ``log``
+                    file.close()
         self._log = self._lock = None
 
     def _known(self) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)  # of a process with this number that was killed; in a container numbers come again
         write(beside)
         flush(beside)
         if beside.is_dir() and path.exists():
@@ -60,11 +61,16 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
             f"cannot write {path}: {error.strerror or error}.  What was saved before is untouched."
         ) from error
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            with suppress(OSError):  # what went wrong above is told; a file that was never made is none of it
-                beside.unlink()
+        with suppress(OSError):  # what went wrong above is told, not that it cannot be tidied up either
+            _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if one is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 @contextmanager
 def answered(ask: Callable[[], None]) -> Iterator[None]:
     """Inside, ``ask`` is called at each of both signals; then they are answered as before. In other threads than the main one they
-    are the caller's, and nothing happens."""
+    are the caller's, and nothing happens; so is a signal that a program around Python answers, whose answer could not be put back."""
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, frame: ask())
+            if signal.getsignal(number) is not None:
+                before[number] = signal.signal(number, lambda number, frame: ask())
     except ValueError:
         pass  # not the main thread
     try:

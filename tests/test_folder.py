@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, RunError
 from luthier.folder import RunFolder, refuse
 
 
@@ -83,3 +84,44 @@ def test_a_disk_without_locks_is_told_of(run, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(LuthierError, match="cannot be written to: No locks available"):
         RunFolder(run, resume=True, identity={"data": "these"})
+
+
+def lets_go(run):
+    """Whether no one holds the run's lock, in this process or another."""
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (run / ".lock").unlink()
+    return True
+
+
+def test_a_full_disk_at_the_log_is_told_and_lets_go_of_the_folder(run):
+    (run / "log.jsonl").symlink_to("/dev/full")
+    folder = RunFolder(run, resume=True, identity={"data": "these"})
+    lock = folder._lock
+    with pytest.raises(RunError, match="cannot write .*log.jsonl: No space left on device.  When") as caught:
+        folder.log({"step": 1})
+    assert f"make room), luthier fit --out {shlex.quote(str(run))} --resume goes on" in str(caught.value)
+    assert caught.value.exit_code == 1
+    log = folder._log
+    folder.close()  # what is still to be written to the log cannot be, and was told
+    assert lock is not None and lock.closed and log is not None and log.closed
+    assert lets_go(run)
+
+
+def test_a_log_that_cannot_be_opened_is_told(run):
+    (run / "log.jsonl").mkdir()
+    folder = RunFolder(run, resume=True, identity={"data": "these"})
+    with pytest.raises(RunError, match="cannot write .*log.jsonl: Is a directory"):
+        folder.log({"step": 1})
+    folder.close()
+
+
+def test_a_full_disk_when_a_run_begins_lets_go_of_the_folder(tmp_path, monkeypatch):
+    def full(path, text):
+        raise RunError(f"cannot write {path}: No space left on device.")
+
+    monkeypatch.setattr("luthier.folder.write_whole", full)
+    with pytest.raises(RunError, match="No space left") as caught:
+        RunFolder(tmp_path / "run", resume=False, identity={})
+    assert caught.value.exit_code == 1  # while the error, and with it the folder's object, is still alive
+    assert lets_go(tmp_path / "run")

@@ -6,6 +6,7 @@ A probe that is solved exactly is solved again; what a stage with steps ends on 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -24,6 +25,23 @@ from luthier.training import probing, stages
 from luthier.training.job import Job
 from luthier.training.trace import Trace
 
+LONGEST = 230  # bytes: a disk takes names of 255, and the file is written as .NAME.safetensors.1234567.tmp
+
+
+def named(stage: str) -> str:
+    """The stage's name as a file's: quoted, and where that is too long cut, with the sha256 of the whole behind it.
+
+    ``quote`` leaves no ``+``, so that a name that is cut is never another's that is not.
+
+    >>> named("1/2 way"), named("way" * 99)[159:180], len(named("way" * 99))
+    ('1%2F2%20way', 'wayway+41c916e14e3ab5', 230)
+    """
+    name = quote(stage, safe="")
+    if len(name) <= LONGEST:
+        return name
+    told = f"+{hashlib.sha256(stage.encode()).hexdigest()}"
+    return name[: LONGEST - len(told)] + told
+
 
 def kept(run: Path, stage: str) -> Path:
     """Where the weights at the end of a stage are kept: ``stages/NAME.safetensors`` in the run folder.
@@ -31,7 +49,7 @@ def kept(run: Path, stage: str) -> Path:
     >>> kept(Path("runs/reviews"), "probe").as_posix(), kept(Path("run"), "1/2 way").name
     ('runs/reviews/stages/probe.safetensors', '1%2F2%20way.safetensors')
     """
-    return run / "stages" / f"{quote(stage, safe='')}.safetensors"
+    return run / "stages" / f"{named(stage)}.safetensors"
 
 
 def keep(run: Path, stage: str, model: nn.Module) -> None:

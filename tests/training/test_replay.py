@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import luthier
@@ -16,7 +20,7 @@ from luthier.narrate import Silent
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.text import build
 from luthier.training.job import Job, prepare
-from luthier.training.replay import Replay, kept
+from luthier.training.replay import Replay, keep, kept, named
 from tests.little import Counts, KillsItself, in_a_child, same, sentences, weights
 
 PROBE = {"name": "probe", "solver": "exact", "ingredients": [{"freeze": {"keep": ["head"]}}]}
@@ -160,3 +164,44 @@ def test_a_file_that_is_torn_or_of_another_model_counts_as_not_kept(harm, run, t
 def test_keeping_needs_a_folder(tiny_model):
     with pytest.raises(LuthierError, match="keep_stages needs out"):
         luthier.fit(made(*THREE), model=tiny_model, data=sentences(), keep_stages=True)
+
+
+def test_a_name_is_kept_as_it_is_up_to_230_bytes_and_cut_from_there_on():
+    """255 bytes - ".safetensors" (12) - "." and ".1234567.tmp" (1 + 12), which it has while it is written, are 230."""
+    assert named("a" * 230) == "a" * 230
+    assert named("森" * 25) == "%E6%A3%AE" * 25  # 9 characters each: 225
+    # echo -n aaa... (231 of them) | sha256sum
+    told = "ec1912690da2d9ffcbe64c966179c1e4deab08601e50a902e1eae5859cb5e13c"
+    assert named("a" * 231) == f"{'a' * 165}+{told}"  # 165 + 1 + 64 = 230
+    assert len(named("森" * 28)) == 230
+
+
+texts = st.one_of(st.text(max_size=40), st.text(min_size=1, max_size=12).map(lambda part: part * (400 // len(part))))
+
+
+@given(texts, texts)
+@example("a" * 231, "a" * 232)
+@example("a" * 231, named("a" * 231))  # what a cut name is cut to is no other stage's
+@example("森" * 26, "森" * 26 + " ")
+@example("way", "Way")
+def test_names_fit_and_no_two_are_the_same(one, other):
+    for name in (one, other):
+        assert len(f".{named(name)}.safetensors.1234567.tmp".encode()) <= 255
+        assert named(name) == quote(name, safe="") or len(quote(name, safe="")) > 230
+    assert (named(one) == named(other)) == (one == other)
+
+
+@pytest.mark.parametrize("name", ["森" * 28, "a" * 240, "a" * 4000])
+def test_a_stage_with_a_long_name_is_kept_by_a_process_with_a_long_number(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 4194304)  # the highest that Linux has
+    model = torch.nn.Linear(2, 2)
+    keep(tmp_path, name, model)
+    assert same(load_file(kept(tmp_path, name)), state(model))
+
+
+def test_a_run_with_a_long_name_of_a_stage_is_replayed_from_what_it_kept(tiny_model, tmp_path):
+    stages = (trained("森" * 28), trained("second"))
+    out = fit(stages, tiny_model, tmp_path / "run", keep_stages=True)
+    again = Replay(job(stages, tiny_model), out)
+    assert again.blocked("second") == ""
+    assert same(state(again.at("second")), load_file(kept(out, "森" * 28)))

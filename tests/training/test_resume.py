@@ -16,6 +16,7 @@ import luthier
 from luthier import checkpoint
 from luthier.errors import LuthierError, RunError
 from luthier.recipe.text import build
+from luthier.training.stages import Stopped
 from tests.little import Asks, Counts, KillsItself, in_a_child, recipe, same, sentences, weights
 from tests.tinyfolder import tiny_folder
 
@@ -153,6 +154,53 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     (one,) = saved(tmp_path, range(1, 2))
     shutil.copytree(one.path, tmp_path / ".stage-0-step-00000002.77.tmp")
     assert checkpoint.latest(tmp_path) == (None, one)
+
+
+@pytest.mark.parametrize("torn", ["stage-1-step-*", "stage-1-start"])
+def test_a_run_that_goes_back_over_torn_checkpoints_saves_new_ones_and_ends_on_the_same_bits(
+    torn, tiny_model, tmp_path
+):
+    stages = [
+        {"name": name, "steps": 4, "lr": 1e-3, "batch_size": 8, "ingredients": ["adamw"]} for name in ("one", "two")
+    ]
+    made = build({"name": "both", "max_length": 16, "stages": stages}, inside="a test")
+
+    def run(out: Path, **more):
+        return luthier.fit(made, model=tiny_model, data=sentences(), out=out, save_every=1, **more)
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(whole)
+    with pytest.raises(Stopped):
+        run(out, narrator=Asks(7))  # the third step of the second stage
+    for path in (out / "checkpoints").glob(torn):
+        (path / "state.pt").write_bytes(b"torn")
+    with pytest.raises(Stopped):
+        run(out, resume=True, narrator=Asks(1))
+    stage = int(torn.startswith("stage-1-step"))
+    assert (out / "checkpoints" / f"stage-{stage}-step-00000001").is_dir()
+    assert len(list((out / "checkpoints").glob("stage-1-*"))) == (2 if stage else 0)
+    run(out, resume=True)
+    assert same(weights(whole), weights(out))
+    assert (out / "log.jsonl").read_bytes().count(b'"loss"') == 8
+
+
+def test_a_full_disk_at_the_log_stops_the_run_and_it_goes_on(tiny_model, tmp_path):
+    out, kind = tmp_path / "run", "temperature"
+    with pytest.raises(Stopped):
+        fit(tiny_model, out, kind, narrator=Asks(2))
+    log = out / "log.jsonl"
+    log.rename(tmp_path / "log")
+    log.symlink_to("/dev/full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("luthier.folder.RunFolder.rewind_log", lambda folder, size: None)  # a device has no size
+        with pytest.raises(RunError, match="log.jsonl: No space left on device.  When"):
+            fit(tiny_model, out, kind, resume=True)
+    log.unlink()
+    (tmp_path / "log").rename(log)
+    fit(tiny_model, out, kind, resume=True)
+    fit(tiny_model, tmp_path / "whole", kind)
+    assert same(weights(out), weights(tmp_path / "whole"))
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tiny_model, tmp_path, monkeypatch):
