@@ -5,11 +5,16 @@ parts = luthier.hosts.hf.parts(run, args)  # args: TrainingArguments with max_gr
 trainer = parts.Trainer(model, args, train_dataset=rows, optimizers=parts.optimizers, callbacks=parts.callbacks)
 trainer.train()
 run.finish()
+
+``trainer.train(resume_from_checkpoint=...)`` goes on to the bits of a Trainer that never stopped: model, run, parts and trainer are made
+as at first, and ``luthier.pt`` in the Trainer's checkpoint holds what the Trainer knows nothing of.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +22,18 @@ import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from luthier.core.claims import Place
 from luthier.core.closure import Closure
 from luthier.core.seeds import derive, remembered, reseed
-from luthier.errors import ConflictError, Fault
+from luthier.errors import CheckpointError, ConflictError, Fault
+from luthier.jsonfile import atomically
+from luthier.recipe.recipe import Recipe
 from luthier.run import Run
+
+_STATE = "luthier.pt"
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
         run: what ``luthier.begin`` made; it holds model, optimizer, schedule and loss.
         args: the Trainer's own arguments, which must not do again, or otherwise, what the run does.
     Raises:
-        ConflictError: ``args`` clip gradients, smooth labels, make the noise of a NEFTune that the run has, accumulate where a step is
-            replaced, or stop at another step; all told at once.
+        ConflictError: ``args`` clip gradients, smooth labels, make the noise of a NEFTune that the run has, accumulate or scale gradients
+            where a step is replaced, have several processes where weights rest, or stop at another step; all told at once.
     """
     faults = []
     if args.max_grad_norm:
@@ -69,13 +81,38 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
     if replaced and args.gradient_accumulation_steps > 1:
         must = "must be 1, as the run replaces the step"
         faults.append(Fault("args.gradient_accumulation_steps", must, str(args.gradient_accumulation_steps)))
+    half = args.fp16 or getattr(args, "mixed_precision", "") == "fp16"  # the latter by accelerate's launcher
+    if replaced and half:
+        must = "must be off, as the run replaces the step and the Trainer's gradient scaler does not see it"
+        faults.append(Fault("args.fp16", must, "fp16", "Take bf16=True, or single precision."))
+    if args.world_size > 1 and run._resting and not _forward_only(run):
+        must = "must be 1, as weights that wake later would learn on each process by itself"
+        got = f"{args.world_size}, and {len(run._resting)} weights rest, such as {run._resting[0].name}"
+        faults.append(Fault("args.world_size", must, got, "Drop what lets them rest (thaw, lisa)."))
     if args.max_steps > 0 and args.max_steps != run.plan.steps:
         faults.append(Fault("args.max_steps", f"must be the run's {run.plan.steps}", str(args.max_steps)))
     if faults:
         raise ConflictError.of(faults, "TrainingArguments")
 
+    keeper = _Keeper(run)
+
     class RunTrainer(transformers.Trainer):
         loss_is_scaled_for_ga = False  # the run's loss is a mean over one micro-batch's rows
+
+        def train(
+            self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+        ) -> TrainOutput:
+            if resume_from_checkpoint is True:  # without any, the Trainer says so
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            named = isinstance(resume_from_checkpoint, (str, os.PathLike))
+            keeper.saved = _read(run, Path(resume_from_checkpoint)) if named else None
+            try:
+                trained: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                return trained
+            except _Ended:
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                self.is_in_train = False
+                return TrainOutput(self.state.global_step, 0.0, {})
 
         def compute_loss(
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -101,18 +138,39 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
 
             put_back = remembered([args.device])
             try:
-                return run.offer(Closure(model, run.loss, [self._prepare_inputs(inputs)], before=before))
+                batch = self._prepare_inputs(inputs)
+                return run.offer(Closure(model, run.loss, [batch], before=before, together=self._together))
             finally:
                 put_back()
 
-    return Parts(RunTrainer, (run.optimizer, run.schedule), [_Keeper(run)])
+        def _together(self, loss: Tensor) -> Tensor:
+            """The mean over processes of a scalar, so that all of them take the same step."""
+            mean: Tensor = self.accelerator.reduce(loss, reduction="mean")
+            return mean
+
+    return Parts(RunTrainer, (run.optimizer, run.schedule), [keeper])
+
+
+def _forward_only(run: Run) -> bool:
+    """Whether an ingredient does away with gradients (MeZO), so that processes share none."""
+    claims = [claim for entry in run.plan.entries for claim in entry.claims]
+    return any(claim.how == "voids" and claim.place == Place.GRADIENT for claim in claims)
+
+
+class _Ended(Exception):
+    """The checkpoint that was loaded is of the stage's end; the Trainer itself would take a step more."""
 
 
 class _Keeper(transformers.TrainerCallback):
-    """Keeps the run's progress, and refuses to start what could not train what the plan says."""
+    """Keeps the run's progress, saves and loads it, and refuses to start what could not train what the plan says.
+
+    Attributes:
+        saved: what the run goes on from, until the Trainer has loaded all else; None when it trains from the start.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self.saved: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         run = self._run
@@ -130,13 +188,81 @@ class _Keeper(transformers.TrainerCallback):
                     "the optimizer", "must hold every trainable weight", f"{len(loose)} missing, such as {loose[0]}", do
                 )
             )
+        if run.progress.step:
+            do = "Begin it anew, on the model as it was at first, also to go on from a checkpoint."
+            faults.append(Fault("the run", "must have taken no step before train()", f"{run.progress.step} steps", do))
+        step = self.saved["step"] if self.saved else 0
+        if step != state.global_step:
+            do = "Let parts.Trainer go on from a checkpoint that it has saved."
+            faults.append(Fault("the Trainer", f"must go on at the run's step {step}", f"step {state.global_step}", do))
         if faults:
             raise ConflictError.of(faults, "transformers.Trainer")
+        if self.saved:
+            _load(run, self.saved)
+            self.saved = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._run.progress.over or self._run.progress.step >= self._run.plan.steps:
+            raise _Ended
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._run.advance()
+        run = self._run
+        run.advance()
+        if run.progress.over:
+            run.notes.append(f"ended after step {run.progress.step} of {run.plan.steps}: {run.progress.over}")
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if args.should_save and not args.save_only_model:
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _STATE
+            atomically(path, lambda beside: torch.save(_saved(self._run), beside))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **given: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.tensor(float(loss))):
             control.should_training_stop = True
+
+
+def _saved(run: Run) -> dict[str, Any]:
+    """All that the Trainer does not save itself: it has weights, optimizer, schedule and random numbers."""
+    theirs = ("optimizer", "schedule")
+    own = {name: value for name, value in run.state_dict().items() if name not in theirs}
+    return {**own, "recipe": _meaning(run), "start": run._start or {}}
+
+
+def _meaning(run: Run) -> str:
+    """A digest of what was begun: ingredients, rate, steps, seed."""
+    return Recipe(name="begin", stages=(run.plan.stage,), seed=run.seed, family=run.plan.family).digest
+
+
+def _read(run: Run, folder: Path) -> dict[str, Any]:
+    """What ``_saved`` gave, from a checkpoint of the Trainer's.
+
+    Raises:
+        CheckpointError: files are missing or torn, or are of another run.
+    """
+    missing = [name for name in (_STATE, OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
+    if missing:
+        do = "Go on from a checkpoint that parts.Trainer saved, with save_only_model off."
+        fault = Fault(str(folder), f"must hold {', '.join(missing)}, or the run would not go on as it was", do=do)
+        raise CheckpointError.of([fault], "the checkpoint")
+    try:
+        saved: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch's reader stumbles over
+        do = "Go on from the checkpoint before it."
+        fault = Fault(str(folder / _STATE), "must be whole, and cannot be read", do=do)
+        raise CheckpointError.of([fault], "the checkpoint") from error
+    if saved["recipe"] != _meaning(run):
+        must = "must be of a run that was begun with the same ingredients, learning_rate, steps and seed"
+        fault = Fault(str(folder), must, f"the digest {saved['recipe']}, and not {_meaning(run)}")
+        raise CheckpointError.of([fault], "the checkpoint")
+    return saved
+
+
+@torch.no_grad()
+def _load(run: Run, saved: dict[str, Any]) -> None:
+    """Goes on from what ``_saved`` gave, in place; the Trainer has loaded all else by then."""
+    theirs = {"optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict()}
+    run.load_state_dict({**saved, **theirs})
+    for name, weight in (run._start or {}).items():  # a new head need not be drawn as it was at first
+        weight.copy_(saved["start"][name])
