@@ -22,18 +22,15 @@ import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from luthier.core.claims import Place
 from luthier.core.closure import Closure
 from luthier.core.seeds import derive, remembered, reseed
-from luthier.errors import CheckpointError, ConflictError, Fault
+from luthier.errors import ConflictError, Fault
+from luthier.hosts import saved
 from luthier.jsonfile import atomically
-from luthier.recipe.recipe import Recipe
 from luthier.run import Run
-
-_STATE = "luthier.pt"
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,8 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
         args: the Trainer's own arguments, which must not do again, or otherwise, what the run does.
     Raises:
         ConflictError: ``args`` clip gradients, smooth labels, make the noise of a NEFTune that the run has, accumulate or scale gradients
-            where a step is replaced, have several processes where weights rest, or stop at another step; all told at once.
+            where a step is replaced, have several processes where weights rest or several GPUs in one, or stop at another step; all told at
+            once.
     """
     faults = []
     if args.max_grad_norm:
@@ -89,6 +87,10 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
         must = "must be 1, as weights that wake later would learn on each process by itself"
         got = f"{args.world_size}, and {len(run._resting)} weights rest, such as {run._resting[0].name}"
         faults.append(Fault("args.world_size", must, got, "Drop what lets them rest (thaw, lisa)."))
+    if args.n_gpu > 1:
+        must = "must be 1, as the Trainer would copy the model to each GPU in every step"
+        do = "Start a process for each GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0."
+        faults.append(Fault("args.n_gpu", must, str(args.n_gpu), do))
     if args.max_steps > 0 and args.max_steps != run.plan.steps:
         faults.append(Fault("args.max_steps", f"must be the run's {run.plan.steps}", str(args.max_steps)))
     if faults:
@@ -105,7 +107,7 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
             if resume_from_checkpoint is True:  # without any, the Trainer says so
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
             named = isinstance(resume_from_checkpoint, (str, os.PathLike))
-            keeper.saved = _read(run, Path(resume_from_checkpoint)) if named else None
+            keeper.saved = saved.read(run, Path(resume_from_checkpoint)) if named else None
             try:
                 trained: TrainOutput = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
                 return trained
@@ -198,7 +200,7 @@ class _Keeper(transformers.TrainerCallback):
         if faults:
             raise ConflictError.of(faults, "transformers.Trainer")
         if self.saved:
-            _load(run, self.saved)
+            saved.load(run, self.saved)
             self.saved = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -214,55 +216,10 @@ class _Keeper(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if args.should_save and not args.save_only_model:
-            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _STATE
-            atomically(path, lambda beside: torch.save(_saved(self._run), beside))
+            path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / saved.STATE
+            atomically(path, lambda beside: torch.save(saved.saved(self._run), beside))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **given: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not torch.isfinite(torch.tensor(float(loss))):
             control.should_training_stop = True
-
-
-def _saved(run: Run) -> dict[str, Any]:
-    """All that the Trainer does not save itself: it has weights, optimizer, schedule and random numbers."""
-    theirs = ("optimizer", "schedule")
-    own = {name: value for name, value in run.state_dict().items() if name not in theirs}
-    return {**own, "recipe": _meaning(run), "start": run._start or {}}
-
-
-def _meaning(run: Run) -> str:
-    """A digest of what was begun: ingredients, rate, steps, seed."""
-    return Recipe(name="begin", stages=(run.plan.stage,), seed=run.seed, family=run.plan.family).digest
-
-
-def _read(run: Run, folder: Path) -> dict[str, Any]:
-    """What ``_saved`` gave, from a checkpoint of the Trainer's.
-
-    Raises:
-        CheckpointError: files are missing or torn, or are of another run.
-    """
-    missing = [name for name in (_STATE, OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
-    if missing:
-        do = "Go on from a checkpoint that parts.Trainer saved, with save_only_model off."
-        fault = Fault(str(folder), f"must hold {', '.join(missing)}, or the run would not go on as it was", do=do)
-        raise CheckpointError.of([fault], "the checkpoint")
-    try:
-        saved: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's reader stumbles over
-        do = "Go on from the checkpoint before it."
-        fault = Fault(str(folder / _STATE), "must be whole, and cannot be read", do=do)
-        raise CheckpointError.of([fault], "the checkpoint") from error
-    if saved["recipe"] != _meaning(run):
-        must = "must be of a run that was begun with the same ingredients, learning_rate, steps and seed"
-        fault = Fault(str(folder), must, f"the digest {saved['recipe']}, and not {_meaning(run)}")
-        raise CheckpointError.of([fault], "the checkpoint")
-    return saved
-
-
-@torch.no_grad()
-def _load(run: Run, saved: dict[str, Any]) -> None:
-    """Goes on from what ``_saved`` gave, in place; the Trainer has loaded all else by then."""
-    theirs = {"optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict()}
-    run.load_state_dict({**saved, **theirs})
-    for name, weight in (run._start or {}).items():  # a new head need not be drawn as it was at first
-        weight.copy_(saved["start"][name])

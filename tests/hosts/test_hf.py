@@ -15,7 +15,7 @@ import transformers
 
 import luthier
 from luthier.errors import CheckpointError, ConflictError
-from luthier.hosts import hf
+from luthier.hosts import hf, saved
 from luthier.run import Run
 from tests.little import same
 from tests.tiny import tiny
@@ -71,6 +71,12 @@ def test_a_scaler_of_gradients_is_refused_where_the_run_replaces_the_step(replac
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as "accelerate launch --mixed_precision fp16" does
     with pytest.raises(ConflictError, match=r"args.fp16"):
         hf.parts(run, arguments(tmp_path))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConflictError, match=r"args.n_gpu  must be 1.*got 2.  Start a process for each GPU"):
+        hf.parts(begun()[1], arguments(tmp_path))
 
 
 # The end of a stage
@@ -137,7 +143,7 @@ def test_it_goes_on_to_the_bits_of_a_trainer_that_never_stopped(ingredients, tmp
 
 def test_without_its_own_file_an_average_would_end_elsewhere(tmp_path, monkeypatch):
     whole, _ = ended(tmp_path / "whole", luthier.EMA(decay=0.5))
-    monkeypatch.setattr(hf, "_load", lambda run, saved: None)
+    monkeypatch.setattr(saved, "load", lambda run, saved: None)
     again, _ = ended(tmp_path / "again", luthier.EMA(decay=0.5), go_on=str(tmp_path / "whole" / "checkpoint-3"))
     assert not same(again, whole)
 
