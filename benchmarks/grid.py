@@ -112,19 +112,21 @@ def go(
     work: Callable[[tuple[str, str, Entry, int]], dict[str, Any]] = one,
 ) -> list[dict[str, Any]]:
     """All runs that are not in NAME.json yet, by as many processes as the first argument says (2); writes NAME.json as it goes."""
+    from luthier.jsonfile import write_whole
+
     file = HERE / f"{name}.json"
     known: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     done = {(run["set"], run["recipe"], run["seed"]) for run in known}
     wanted = [(name, called, entry, seed) for seed in SEEDS for name in sets for called, entry in entries.items()]
     left = [each for each in wanted if (each[0], each[1], each[3]) not in done]
-    order = [(each[0], each[1], each[3]) for each in wanted]
+    order = {(each[0], each[1], each[3]): at for at, each in enumerate(wanted)}
     context = multiprocessing.get_context("spawn")
     with context.Pool(int(sys.argv[1]) if len(sys.argv) > 1 else 2, maxtasksperchild=1) as pool:
         for run in pool.imap_unordered(work, left):
             known.append(run)
-            known.sort(key=lambda run: order.index((run["set"], run["recipe"], run["seed"])))
+            known.sort(key=lambda run: order.get((run["set"], run["recipe"], run["seed"]), len(order)))
             told = {"rows": ROWS, "summary": summary(known), "runs": known}
-            file.write_text(json.dumps(told, indent=1) + "\n")
+            write_whole(file, json.dumps(told, indent=1) + "\n")
             print(len(known), "of", len(wanted), run, flush=True)
     return known
 
@@ -201,7 +203,11 @@ def differences(told: list[dict[str, Any]]) -> str:
     lines = ["| recipe | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
     for recipe in dict.fromkeys(row["recipe"] for row in told):
         cells = []
-        for row in (row for each in sets for row in told if (row["set"], row["recipe"]) == (each, recipe)):
+        known = {row["set"]: row for row in told if row["recipe"] == recipe}
+        for row in map(known.get, sets):
+            if row is None:
+                cells.append("–")
+                continue
             value, low, high = (100 * row[key] for key in ("difference", "low", "high"))
             cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * row["claimed"])
         lines.append(f"| {recipe} | " + " | ".join(cells) + " |")

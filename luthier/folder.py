@@ -169,6 +169,11 @@ class RunFolder:
             raise LuthierError.of(faults, f"--resume: {self.path} holds another run")
 
 
+def _begun(name: str) -> bool:
+    """Whether a process that was killed while it began a run may have left a file of that name."""
+    return name == ".lock" or (name.startswith(".environment.json.") and name.endswith(".tmp"))
+
+
 def refuse(path: Path, *, resume: bool) -> None:
     """Refuses a place that a run cannot be written to; known before a model is loaded.
 
@@ -180,7 +185,7 @@ def refuse(path: Path, *, resume: bool) -> None:
     if why := unwritable(path):
         raise LuthierError(f"{path} cannot be made: {why}.  Choose another --out.")
     if not (path / "environment.json").is_file():
-        if path.is_dir() and any(item.name != ".lock" for item in path.iterdir()):
+        if path.is_dir() and not all(_begun(item.name) for item in path.iterdir()):
             raise LuthierError(f"{path} is not empty and holds no run.  Choose another --out; nothing was touched.")
     elif not resume:
         how = "a finished run" if (path / "report.json").is_file() else "an unfinished run"

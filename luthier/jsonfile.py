@@ -40,6 +40,11 @@ def plain(value: Any) -> Any:
     return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
+def expanded(path: str | Path) -> Path:
+    """``path`` with the home folder in the place of ``~``; where that is not known, as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls ``write`` on a path beside ``path``, flushes it to disk, and renames it into place.
 

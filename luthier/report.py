@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import Fault, LuthierError
-from luthier.jsonfile import plain, read_as, write_whole
+from luthier.jsonfile import expanded, plain, read_as, write_whole
 
 SCHEMA = 3  # of report.json; a field more is a new number
 WIDTH = 80  # columns of summary()
@@ -69,7 +69,7 @@ class Report:
         confusion: by split, counts; row = true class, column = predicted class.
         reliability: by split, ``{"before": bins, "after": bins}``; a bin has low, high, count, confidence, accuracy.
         mistakes: rows with split, text, pair, label, prediction, confidence.
-        data: source, digest, notes, sizes by split; constant, the RMSE by split of always answering the mean training label.
+        data: source, digest, digests and sizes by split, notes; constant, the RMSE by split of always answering the mean training label.
         model: source, digest, parameters.
         plan: the plan as JSON; only the page looks inside.
         warnings: what else to know, as sentences.
@@ -125,6 +125,8 @@ class Report:
         """What is reached on ``split`` without a look at the text: metric, score, what is always answered; None if not known."""
         rows = [sum(row) for row in self.confusion.get(split, [])]
         if self.task == "classification" and sum(rows) and len(rows) == len(self.labels):
+            if max(rows) == sum(rows):
+                return None  # of one class: who always says it makes no mistake
             return "accuracy", max(rows) / sum(rows), self.labels[rows.index(max(rows))]
         constant = self.data.get("constant", {}).get(split)
         return None if constant is None else ("rmse", constant, "the mean of the training labels")
@@ -159,7 +161,7 @@ class Report:
         Raises:
             LuthierError: there is none, or it cannot be read as a report of this version.
         """
-        path = Path(place)
+        path = expanded(place)
         if path.is_dir():
             path = path / "report.json"
         try:

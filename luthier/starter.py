@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from typing import Any
 
@@ -35,6 +37,9 @@ stages:
       # - swa: {{start: 0.75}}         # average the last quarter's weights{calibration}
 """
 
+# Letters of Chinese, Japanese and Korean, and their punctuation.
+_IDEOGRAPHS = re.compile("[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+
 
 def starter(
     source: Any,
@@ -51,19 +56,20 @@ def starter(
     """
     data = read(source, text=text, text_pair=text_pair, label=label)
     task, sentence = decide(data)
-    rows = len(data.splits["train"])
-    words = sorted(len(one.split()) for one in data.splits["train"].texts)
-    long = words[int(0.95 * (len(words) - 1))]
-    length = next((size for size in (64, 128, 256) if long * 1.5 < size), 512)
+    train = data.splits["train"]
+    rows = len(train)
+    tokens = sorted(map(sum, zip(*(map(_tokens, cells) for cells in (train.texts, train.pairs) if cells), strict=True)))
+    long = tokens[int(0.95 * (len(tokens) - 1))]
+    length = next((size for size in (64, 128, 256) if long < size), 512)
     few = rows < 1000
     asked = Call.of(model="MODEL", data=source, text=text, text_pair=text_pair, label=label)
     command = f"luthier plan --recipe {shlex.quote(file)} {asked.options()}"
     made = _TEMPLATE.format(
-        source=source,
-        sentence=sentence,
-        sizes=", ".join(f"{name} {len(split)} rows" for name, split in data.splits.items()),
-        command=command,
-        name=file.rpartition("/")[2].removesuffix(".yaml"),
+        source=_line(str(source)),
+        sentence=_line(sentence),
+        sizes=_line(", ".join(f"{name} {len(split)} rows" for name, split in data.splits.items())),
+        command=_line(command),
+        name=json.dumps(_line(file.rpartition("/")[2].removesuffix(".yaml")), ensure_ascii=False),
         task=task.kind,
         length=length,
         epochs=10 if few else 3,
@@ -73,3 +79,15 @@ def starter(
     )
     lines = [*data.notes, sentence, f"wrote {file}", "", "next:"]
     return made, [*lines, f"  {command}"]
+
+
+def _tokens(text: str) -> float:
+    """About how many tokens ``text`` is: three for two words, or one for four letters, where that is more; each ideograph is one."""
+    words = text.split()
+    letters, alone = sum(map(len, words)), len(_IDEOGRAPHS.findall(text))
+    return max(1.5 * len(words), alone + (letters - alone) / 4)
+
+
+def _line(text: str) -> str:
+    """``text`` with a blank for each letter that would end a comment of YAML, or that YAML does not have."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -14,6 +14,7 @@ import pytest
 
 import luthier
 from luthier import cli
+from luthier.cli.options import mapped_of
 from luthier.errors import LuthierError
 from tests.little import sentences
 from tests.training.test_resume import Asks
@@ -343,3 +344,23 @@ def test_a_run_that_keeps_its_stages_is_studied_for_what_it_forgot(run, tiny_mod
     assert [path.name for path in Path("kept/study").iterdir()] == ["forgetting.json"]
     code, _, err = run("study", "kept", "--forgetting", "--general", "tset")
     assert code == 2 and "--general" in err
+
+
+def test_a_name_that_stands_twice_on_the_command_line_is_refused_with_both(run, tiny_model, data):
+    code, _, err = fit(run, tiny_model, data, "--ood", "x=a.csv", "--ood", "y=c.csv", "--ood", "x=b.csv")
+    assert code == 2 and "--ood x  must stand once; got a.csv and b.csv." in err
+    code, _, err = fit(run, tiny_model, data, "--map", "x:+=good", "--map", "x:-=bad", "--map", "x:+=bad")
+    assert code == 2 and "--map x:+  must stand once; got good and bad." in err
+    assert mapped_of(["x:+=good", "x:-=bad", "y:+=bad"]) == {"x": {"+": "good", "-": "bad"}, "y": {"+": "bad"}}
+
+
+def test_a_run_in_the_home_folder_is_made_and_shown(run, tiny_model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    code, _, err = fit(run, tiny_model, data, "--out", "~/first")
+    assert code == 0, err
+    for words in (["report", "~/first"], ["predict", "~/first", "--data", data, "--out", "~/told.csv"]):
+        code, _, err = run(*words)
+        assert code == 0, err
+    assert run("init", "--data", data, "--out", "~/mine.yaml")[0] == 0
+    assert {path.name for path in (tmp_path / "home").glob("[!.]*")} == {"first", "told.csv", "mine.yaml"}
+    assert written() == []

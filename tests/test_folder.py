@@ -125,3 +125,12 @@ def test_a_full_disk_when_a_run_begins_lets_go_of_the_folder(tmp_path, monkeypat
         RunFolder(tmp_path / "run", resume=False, identity={})
     assert caught.value.exit_code == 1  # while the error, and with it the folder's object, is still alive
     assert lets_go(tmp_path / "run")
+
+
+def test_a_folder_in_which_a_run_was_killed_as_it_began_can_be_begun_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".environment.json.4711.tmp").write_text('{"iden')
+    refuse(tmp_path, resume=False)
+    (tmp_path / ".bashrc").touch()
+    with pytest.raises(LuthierError, match="is not empty and holds no run"):
+        refuse(tmp_path, resume=False)

@@ -263,3 +263,46 @@ def test_a_change_of_a_lists_item_is_told_as_the_whole_list_which_works(item, at
 def test_a_change_of_a_whole_stage_names_a_value_of_it():
     with pytest.raises(RecipeError, match=r"such as stages\.0\.lr=3e-5"):
         read("ft", sets=["stages.0=3"])
+
+
+SHARED = """
+stages:
+  - {name: a, steps: 1, ingredients: [&decay {adamw: {weight_decay: 0.1}}]}
+  - {name: b, steps: 1, ingredients: [*decay]}
+"""
+
+
+def test_a_change_of_one_stage_leaves_a_stage_that_shares_its_text_by_an_anchor(tmp_path):
+    (tmp_path / "one.yaml").write_text(SHARED)
+    made = read(tmp_path / "one.yaml", sets=["stages.b.adamw.weight_decay=0.5"])
+    assert [stage.ingredients for stage in made.stages] == [(luthier.AdamW(0.1),), (luthier.AdamW(0.5),)]
+
+
+def test_text_that_holds_itself_is_a_fault():
+    with pytest.raises(RecipeError, match="must not hold itself"):
+        parse("&a [*a]")
+
+
+@pytest.mark.parametrize("step", ["--1", "²", "-", "1-"])
+def test_what_only_looks_like_a_number_is_no_number_of_a_stage(step):
+    with pytest.raises(RecipeError, match=f"there is no '{step}' here"):
+        read("lp-ft", sets=[f"stages.{step}.lr=1e-3"])
+    with pytest.raises(RecipeError, match="must name a value, not a list's item"):
+        read("lp-ft", sets=[f"stages.1.ingredients.{step}=swa"])
+
+
+def test_a_mapping_that_is_not_there_yet_can_be_given_a_value(tmp_path):
+    assert read("ft", sets=["seeds.head=3", "seeds.order=4"]).seeds == {"head": 3, "order": 4}
+    (tmp_path / "one.yaml").write_text("stages: [{steps: 1}]\nseeds: {head: 1, split: 2}")
+    assert read(tmp_path / "one.yaml", sets=["seeds.head=3"]).seeds == {"head": 3, "split": 2}
+    assert read(read("ft"), sets=["data.in=rows.csv"]).data == {"in": "rows.csv"}
+    with pytest.raises(RecipeError, match="seeds"):
+        read("ft", sets=["seeds.hed=3"])
+
+
+def test_a_recipe_in_the_home_folder_is_read_with_the_data_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    (tmp_path / "one.yaml").write_text("stages: [{steps: 1}]\ndata: {in: rows.csv}")
+    made = read("~/one.yaml")
+    assert (made.name, made.data) == ("one", {"in": str(tmp_path / "rows.csv")})

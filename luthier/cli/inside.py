@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from luthier.cli.options import (
     mapped_of,
     named_of,
 )
+from luthier.jsonfile import expanded
 
 
 def study(
@@ -75,6 +75,6 @@ def study(
         say.line(f"\n{one.title}")
         for line in one.lines:
             say.line(f"  {line}")
-    page = Path(place) / "report.html"
+    page = expanded(place) / "report.html"
     if page.is_file():
         say.line(f"\npage: {page}")

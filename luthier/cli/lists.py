@@ -14,6 +14,7 @@ from luthier.cli.options import (
     TextOption,
 )
 from luthier.errors import LuthierError
+from luthier.jsonfile import expanded
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's text.")] = None) -> None:
@@ -55,6 +56,7 @@ def init(
     """Write a starter recipe that fits your data, with every choice explained."""
     from luthier.starter import starter
 
+    out = expanded(out)
     if out.exists():
         raise LuthierError(f"{out} exists.  Choose another --out; nothing was touched.")
     made, said = starter(data, text=text, text_pair=text_pair, label=label, file=str(out))

@@ -24,6 +24,7 @@ from luthier.cli.options import (
     sources_of,
 )
 from luthier.errors import LuthierError, RunError
+from luthier.jsonfile import expanded
 
 
 def compare(
@@ -110,7 +111,7 @@ def compare(
     if not recipe:
         raise LuthierError("--recipe must be given, once for each recipe to compare.")
     one, rows, _ = sources_of(model[0] if model else None, data[0] if data else None, demo)
-    say = narrator(to_stderr=print_jobs)
+    say, out = narrator(to_stderr=print_jobs), expanded(out)
     asked: dict[str, Any] = {
         "model": model or one,
         "data": data or rows,
@@ -158,7 +159,7 @@ def gather(
     from luthier.console import narrator
     from luthier.trials import comparing
 
-    narrator().show(comparing.gather(comparison, metric=metric))
+    narrator().show(comparing.gather(expanded(comparison), metric=metric))
 
 
 def work(
@@ -178,6 +179,7 @@ def work(
     from luthier.trials.work import failures
     from luthier.trials.work import work as done
 
+    comparison = expanded(comparison)
     typer.echo(f"{done(comparison, only=only or (), save_every=save_every)} runs done here")
     if told := failures(comparison, only or ()):
         raise RunError("\n".join(told))
@@ -200,7 +202,7 @@ def soup(
 
     if how not in ("greedy", "uniform"):
         raise LuthierError(f"--how must be greedy or uniform; got {how!r}.")
-    say = narrator()
+    say, out = narrator(), expanded(out)
     made = cooked(runs, out=out, data=data, how=how, ood=named_of(ood), narrator=say)  # type: ignore[arg-type]
     for line in made.lines():
         say.line(line)

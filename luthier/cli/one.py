@@ -30,6 +30,7 @@ from luthier.cli.options import (
     sources_of,
 )
 from luthier.errors import LuthierError
+from luthier.jsonfile import expanded
 
 
 def fit(
@@ -85,6 +86,7 @@ def fit(
         "out_domain": out_domain,
         "label_map": mapped_of(label_map),
     }
+    out = None if out is None else expanded(out)
     if resume:
         if out is None:
             raise LuthierError("--resume needs --out, the folder of the run to go on with.")
@@ -201,6 +203,7 @@ def predict(
     from luthier.console import narrator
     from luthier.errors import DataError, Fault
 
+    out = None if out is None else expanded(out)
     if out is not None and out.exists():
         raise DataError.of(
             [Fault(str(out), "must not exist yet", do="Choose another name; nothing was touched.")], "--out"
@@ -212,12 +215,8 @@ def predict(
     say = narrator(to_stderr=True)
     found = run_predict(run, data, narrator=say)
     if out is None:
-        import csv
-
-        table = found.table()
-        writer = csv.writer(sys.stdout)
-        writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
+        for line in found.lines():
+            sys.stdout.write(f"{line}\r\n")
         return
     found.save(out)
     say.line(f"{len(found.labels)} predictions in {out}")
@@ -228,6 +227,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder, or its repo
     from luthier.console import narrator
     from luthier.report import Report
 
+    run = expanded(run)
     found = Report.load(run)
     say = narrator()
     say.show(found)

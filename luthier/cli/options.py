@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.errors import LuthierError
+from luthier.errors import Fault, LuthierError
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped name (see 'luthier recipes') or a YAML file.")
@@ -65,21 +65,32 @@ def seeds_of(told: str) -> int | list[int]:
 
 
 def named_of(ood: list[str] | None) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
+    faults = []
     for item in ood or ():
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise LuthierError(f"--ood {item}: must be NAME=PATH.")
-        found[name] = path
+        if (known := found.setdefault(name, path)) != path:
+            do = "Give each shifted test a name of its own."
+            faults.append(Fault(f"--ood {name}", "must stand once", f"{known} and {path}", do))
+    if faults:
+        raise LuthierError.of(faults, "the command")
     return found
 
 
 def mapped_of(told: list[str] | None) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
+    faults = []
     for item in told or ():
         name, colon, pair = item.partition(":")
         theirs, equals, ours = pair.partition("=")
         if not (colon and equals and name and theirs and ours):
             raise LuthierError(f"--map {item}: must be NAME:THEIRS=OURS.")
-        found.setdefault(name, {})[theirs] = ours
+        known = found.setdefault(name, {}).setdefault(theirs, ours)
+        if known != ours:
+            do = "A label of theirs means one of yours."
+            faults.append(Fault(f"--map {name}:{theirs}", "must stand once", f"{known} and {ours}", do))
+    if faults:
+        raise LuthierError.of(faults, "the command")
     return found

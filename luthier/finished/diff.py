@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.finished.changes import Change, between_recipes, changes, surroundings, wrapped
-from luthier.jsonfile import plain
+from luthier.jsonfile import expanded, plain
 from luthier.report import Report, flat
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def diff(one: str | Path, other: str | Path) -> Differences:
     Raises:
         LuthierError: a folder holds no run that has ended, or a file in it cannot be read.
     """
-    first, second = Path(one), Path(other)
+    first, second = expanded(one), expanded(other)
     before, after = Report.load(first), Report.load(second)
     from luthier.finished.weights import weights_between
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.scores import softmax
 from luthier.errors import DataError, Fault, LuthierError
-from luthier.jsonfile import plain, write_whole
+from luthier.jsonfile import expanded, plain, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import adjusted, logits, scores
 from luthier.report import Report
@@ -58,23 +58,27 @@ class Predictions:
         Raises:
             DataError: the ending is none of these.
         """
-        path = Path(path)
+        path = expanded(path)
         if path.suffix not in (".csv", ".tsv", ".jsonl"):
             raise DataError.of(
                 [Fault(str(path), "must end in .csv, .tsv or .jsonl", path.suffix or "no ending")], "--out"
             )
-        table = self.table()
-        rows = zip(*table.values(), strict=True)
-        text = io.StringIO()
         if path.suffix == ".jsonl":
-            for row in rows:
-                told = plain(dict(zip(table, row, strict=True)))
-                text.write(json.dumps(told, ensure_ascii=False) + "\n")
+            table = self.table()
+            told = (plain(dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True))
+            lines = iter([json.dumps(row, ensure_ascii=False) for row in told])
         else:
-            writer = csv.writer(text, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
-            writer.writerow(table)
-            writer.writerows(rows)
-        write_whole(path, text.getvalue())
+            lines = self.lines("\t" if path.suffix == ".tsv" else ",")
+        write_whole(path, "".join(f"{line}\n" for line in lines))
+
+    def lines(self, delimiter: str = ",") -> Iterator[str]:
+        """The table as CSV, a row at a time, the columns' names first; half a surrogate pair becomes ``?``."""
+        table = self.table()
+        for row in (table, *zip(*table.values(), strict=True)):
+            text = io.StringIO()
+            # it quotes letters of its own row's end, "\r\n", which a lone "\r" needs
+            csv.writer(text, delimiter=delimiter).writerow(row)
+            yield text.getvalue().removesuffix("\r\n").encode("utf-8", "replace").decode("utf-8")
 
 
 def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> Predictions:
@@ -90,7 +94,7 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
             predictions' names.
     """
     say = narrator or Silent()
-    folder = Path(run)
+    folder = expanded(run)
     report, calibration = _trained(folder)
     columns = report.data["columns"]
     texts = Columns(columns["text"], columns.get("text_pair"))

@@ -13,7 +13,7 @@ from luthier.errors import DataError, Fault, LuthierError
 from luthier.finished.changes import Change, changes, surroundings, wrapped
 from luthier.finished.diff import Differences, diff
 from luthier.folder import environment, fresh, refuse
-from luthier.jsonfile import plain
+from luthier.jsonfile import expanded, plain
 from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
 from luthier.recipe.recipe import Recipe
@@ -94,13 +94,13 @@ def rerun(
     Raises:
         LuthierError: something that the run was made from is not there, or not what it was. Nothing is trained or written then.
     """
-    say, path = narrator or Silent(), Path(run)
+    say, path = narrator or Silent(), expanded(run)
     report, call = Report.load(path), Call.load(path)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LuthierError("a run is repeated in one process.  Start luthier rerun without torchrun.")
     target = fresh(path.resolve().parent if path.name in ("", "..") else path.parent, f"{path.resolve().name}-rerun")
     if out is not None:
-        target = _new(Path(out))
+        target = _new(expanded(out))
     refuse(target, resume=False)
     given = {"model": model, "data": data, "out_domain": out_domain}
     arguments = call.arguments() | {name: value for name, value in given.items() if value is not None}
@@ -140,12 +140,13 @@ def gone(run: Path, call: Call, arguments: Mapping[str, Any], flags: Mapping[str
         do = f"Give {flags.get(name.partition('.')[0], '--ood ' + name.removeprefix('ood.') + '=PATH')}."
         if place is None and name in call.memory:
             yield Fault(f"{run}: {name}", "must be given: it was in memory when the run was made", do=do)
-        elif isinstance(place, str) and place in (*call.paths, *call.paths.values()) and not _there(place):
+        elif isinstance(place, str) and moved(call, place):
             yield Fault(f"{run}: {name}", "must be where it was when the run was made", f"nothing at {place}", do)
 
 
-def _there(place: str) -> bool:
-    return os.path.exists(os.path.expanduser(place))
+def moved(call: Call, place: str) -> bool:
+    """Whether ``place`` was on disk when the run was made, and is not now; a hub id and ``demo`` never were."""
+    return place in (*call.paths, *call.paths.values()) and not expanded(place).exists()
 
 
 def _read_otherwise(run: Path, recipe: Recipe, report: Report, then: Mapping[str, Any]) -> Iterator[Fault]:

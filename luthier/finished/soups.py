@@ -7,6 +7,7 @@ Source: Wortsman, Ilharco, Gadre, Roelofs, Gontijo-Lopes, Morcos, Namkoong, Farh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from luthier.core.ingredient import Outputs
 from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, LuthierError, ModelError
 from luthier.finished.reruns import gone, other_data
-from luthier.jsonfile import atomically, write_whole
+from luthier.jsonfile import atomically, expanded, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import by_split, logits, scores
 from luthier.recipe import text as recipes
@@ -54,20 +55,20 @@ def mean(states: Sequence[State]) -> dict[str, Tensor]:
 
 
 def greedy(
-    count: int, order: Sequence[int], score: Callable[[Sequence[int]], float], *, higher: bool
+    count: int, order: Sequence[int], score: Callable[[Sequence[int]], float | None], *, higher: bool
 ) -> tuple[int, ...]:
     """Which of ``count`` models go into the pot: each is tried in ``order``, and stays when the score is no worse.
 
     Args:
         order: numbers of the models, the best alone first.
-        score: of the mean of some of them, on validation rows.
+        score: of the mean of some of them, on validation rows; None, where it is not defined, is the worst.
     Source: recipe 1 of section 2.
     """
     kept = [order[0]]
     best = score(kept)
     for number in order[1:count]:
         value = score([*kept, number])
-        if value == best or better(value, best, higher=higher):
+        if value is not None and (value == best or better(value, best, higher=higher)):
             kept, best = [*kept, number], value
     return tuple(kept)
 
@@ -101,7 +102,7 @@ class Soup:
 
         def row(called: str, found: Mapping[str, Any]) -> str:
             told = [found[name] for name in splits] + [found["ood"][name] for name in self.metrics["ood"]]
-            return f"  {called:<40.40}" + "".join(f"{one[self.metric]:>12.4f}" for one in told)
+            return f"  {called:<40.40}" + "".join(f"{_shown(one[self.metric]):>12}" for one in told)
 
         head = f"  {self.metric:<40}" + "".join(f"{name:>12.12}" for name in names)
         marked = [row(("* " if run in self.kept else "  ") + run, self.each[run]) for run in self.runs]
@@ -131,10 +132,10 @@ def soup(
             are no validation rows to be greedy on.
     """
     say = narrator or Silent()
-    target = Path(out)
+    target = expanded(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LuthierError(f"{target} is not empty.  Choose another --out; nothing was touched.")
-    folders = [Path(run) for run in runs]
+    folders = [expanded(run) for run in runs]
     reports = _reports(folders, alike=data is None)
     first = reports[0]
     task, encoded, model, tokenizer = _pot(reports, folders, data, ood)
@@ -163,13 +164,19 @@ def soup(
     kept: tuple[int, ...] = tuple(range(len(folders)))
     if how == "greedy":
         higher = HIGHER_IS_BETTER[metric]
-        order = sorted(kept, key=lambda number: (-1 if higher else 1) * each[number]["validation"][metric])
-        kept = greedy(
-            len(folders),
-            order,
-            lambda some: float(scored(mean([states[number] for number in some]), ["validation"])["validation"][metric]),
-            higher=higher,
-        )
+
+        def held(found: Mapping[str, Any]) -> float | None:
+            value = found["validation"][metric]
+            return float(value) if value is not None and math.isfinite(value) else None
+
+        def rank(number: int) -> float:
+            value = held(each[number])
+            return math.inf if value is None else -value if higher else value
+
+        def tried(some: Sequence[int]) -> float | None:
+            return held(scored(mean([states[number] for number in some]), ["validation"]))
+
+        kept = greedy(len(folders), sorted(kept, key=rank), tried, higher=higher)
     final = mean([states[number] for number in kept])
     made = Soup(
         tuple(map(str, folders)),
@@ -281,6 +288,10 @@ def _alike(states: Sequence[State], folders: Sequence[Path]) -> None:
             faults.append(Fault(str(folder), f"must have the weights of {folders[0]}", f"another {min(odd)}"))
     if faults:
         raise ModelError.of(faults, "the runs")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _notes(how: str, kept: Sequence[int], reports: Sequence[Report]) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from luthier import call
 from luthier.errors import Fault, LuthierError
-from luthier.finished.reruns import other_data, other_weights
+from luthier.finished.reruns import moved, other_data, other_weights
 from luthier.finished.subject import KINDS, Kind, Study, Subject
-from luthier.jsonfile import plain, write_whole
+from luthier.jsonfile import expanded, plain, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
 from luthier.report import Report
@@ -58,7 +58,7 @@ def study(
         LuthierError: what is needed is not there, or is not what the run was made from.
     """
     say = narrator or Silent()
-    path = Path(place)
+    path = expanded(place)
     report = Report.load(path) if (path / "report.json").is_file() else None
     asked = list(KINDS if kinds is None else kinds)
     for kind, why in _without(report).items():
@@ -66,14 +66,14 @@ def study(
             asked.remove(kind)
             say.line(f"{kind} {why}, and is left out")
     known = recipes.read(recipe, seed=seed) if report is None else recipes.read(path / "recipe.yaml")
-    called = _called(path) if report else {}
+    called = _called(path, report, data) if report else {}
     job = prepare(
         known,
-        model=str(place) if report is None else report.model["source"],
-        data_source=known.source("in", data) if report is None else _data(place, report, data),
+        model=called.get("model", str(place)),
+        data_source=known.source("in", called.get("data") if data is None else data),
         columns=None if report is None else Columns(*(report.data["columns"][name] for name in _COLUMNS)),
         ood=ood or called.get("ood"),
-        out_domain=known.source("out", out_domain or called.get("out_domain")),
+        out_domain=known.source("out", called.get("out_domain") if out_domain is None else out_domain),
         label_map=label_map or (None if ood else called.get("label_map")),
         narrator=say,
     )
@@ -119,22 +119,28 @@ def _without(report: Report | None) -> dict[str, str]:
     return {} if report.task == "classification" else {"forgetting": "is for classes: no number is plainly right"}
 
 
-def _called(run: Path) -> dict[str, Any]:
-    """The shifted tests that the run was called with and that are still on disk, its rows of another domain, and its label map."""
-    if not (run / call.NAME).is_file():
-        return {}
-    told = call.Call.load(run).arguments()
-    ood = {name: place for name, place in told["ood"].items() if place is not None and Path(place).exists()}
-    gone = told["ood"].keys() - ood.keys()
-    return {**told, "ood": ood, "label_map": {name: one for name, one in told["label_map"].items() if name not in gone}}
+def _called(run: Path, report: Report, data: Any) -> dict[str, Any]:
+    """What the run was called with, where that is now, without the shifted tests that are on disk no more.
 
-
-def _data(place: str | Path, report: Report, data: Any) -> Any:
-    if report.model["source"].endswith("in memory") or (
-        data is None and str(report.data["source"]).endswith("in memory")
-    ):
+    Raises:
+        LuthierError: its model was in memory, or its data, in whose place no ``data`` is given.
+    """
+    told: dict[str, Any] = {name: _named(getattr(report, name)["source"]) for name in ("model", "data")}
+    if (run / call.NAME).is_file():
+        then = call.Call.load(run)
+        told = then.arguments()
+        ood = {name: place for name, place in told["ood"].items() if place is not None and not moved(then, place)}
+        told["label_map"] = {
+            name: one for name, one in told["label_map"].items() if name in ood or name not in told["ood"]
+        }
+        told["ood"] = ood
+    if told["model"] is None or (told["data"] is None and data is None):
         do = "Give --data, and run it from a model folder or a hub id."
-        raise LuthierError.of(
-            [Fault(str(place), "must name where its model and data came from", "memory", do)], "study"
-        )
-    return report.data["source"] if data is None else data
+        fault = Fault(str(run), "must name where its model and data came from", "memory", do)
+        raise LuthierError.of([fault], "study")
+    return told
+
+
+def _named(source: Any) -> str | None:
+    """What a report says was named; None for what was in memory."""
+    return None if str(source).endswith("in memory") else str(source)

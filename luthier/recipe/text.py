@@ -6,16 +6,18 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from luthier.core.ingredient import Ingredient
 from luthier.errors import Fault, RecipeError, did_you_mean
+from luthier.jsonfile import expanded
 from luthier.recipe import registry, shipped
 from luthier.recipe.recipe import Recipe, Stage
 
 T = TypeVar("T")
+_NUMBER = re.compile(r"-?[0-9]+")
 ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}
 
 
@@ -54,13 +56,22 @@ def parse(text: str, *, inside: str = "the text") -> Any:
         RecipeError: not YAML, or a key stands twice; with its line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _apart(yaml.load(text, Loader=_Loader))
+    except RecursionError:
+        raise RecipeError.of([Fault(inside, "must not hold itself, nor be nested so deep")], inside) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else inside
         raise RecipeError.of([Fault(where, getattr(error, "problem", None) or "must be YAML")], inside) from None
     except ValueError as error:  # a date such as 2020-13-45
         raise RecipeError.of([Fault(inside, "must be YAML", str(error))], inside) from None
+
+
+def _apart(value: Any) -> Any:
+    """The same values, each mapping and list by itself: YAML's ``*name`` gives one object in several places."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 def read(source: str | Path | Recipe, *, sets: Sequence[str] = (), seed: int | None = None) -> Recipe:
@@ -90,7 +101,7 @@ def read(source: str | Path | Recipe, *, sets: Sequence[str] = (), seed: int | N
 
 
 def _plain(source: str | Path) -> tuple[Any, str]:
-    path = Path(source)
+    path = expanded(source)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             there = "a folder" if path.is_dir() else "nothing there"
@@ -107,7 +118,7 @@ def _beside(plain: dict[str, Any], source: object) -> None:
     told = plain.get("data")
     if isinstance(source, (str, Path)) and isinstance(told, dict):
         for which, place in told.items():
-            beside = Path(source).parent / str(place)
+            beside = expanded(source).parent / str(place)
             if isinstance(place, str) and beside.exists():
                 told[which] = str(beside)
 
@@ -207,6 +218,8 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
         return Fault(change, "must be PATH=VALUE, such as stages.1.lr=3e-5")
     *steps, last = path.strip().split(".")
     here: Any = plain
+    if steps and steps[0] in _mappings() and plain.get(steps[0]) is None:
+        plain[steps[0]] = {}
     for step in steps:
         below = _below(here, step)
         if below is None:
@@ -226,6 +239,12 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
             del here[key]
     here[name] = known
     return None
+
+
+def _mappings() -> set[str]:
+    """The recipe's fields that are mappings and may be left out."""
+    hints = get_type_hints(Recipe)
+    return {name for name, hint in hints.items() if any(get_origin(one) is dict for one in get_args(hint))}
 
 
 def place(plain: dict[str, Any], path: str) -> tuple[dict[str, Any], str] | None:
@@ -249,7 +268,7 @@ def _below(here: Any, step: str) -> Any:
         return _below(here["ingredients"], step) if "ingredients" in here else None
     if not isinstance(here, list):
         return None
-    if step.lstrip("-").isdigit():
+    if _NUMBER.fullmatch(step):
         return here[int(step)] if -len(here) <= int(step) < len(here) else None
     for at, item in enumerate(here):
         if item == step:
@@ -278,7 +297,7 @@ def _whole(here: list[Any], steps: list[str], last: str, value: str) -> str:
     if steps[-1] == "stages":
         return f"Name a value of the stage, such as {'.'.join(steps)}.{last}.lr=3e-5."
     items, item = list(here), parse(value, inside=value)
-    if last.lstrip("-").isdigit() and -len(items) <= int(last) < len(items):
+    if _NUMBER.fullmatch(last) and -len(items) <= int(last) < len(items):
         items[int(last)] = item
     else:
         items.append(item)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DataError, Fault, did_you_mean
@@ -14,7 +16,7 @@ from luthier.sources.columns import LABEL_NAMES, Columns, Flags, infer, other_te
 from luthier.sources.gather import Gathered, gather
 from luthier.sources.labels import Label, are_classes, as_labels, decimal_commas, is_empty, pointed
 from luthier.sources.splitting import divide
-from luthier.sources.tables import Table, plain, rows_of
+from luthier.sources.tables import Table, format_of, plain, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +116,9 @@ def read(
     if _is_unlabelled(tables.get("test", {}), columns):
         del tables["test"]
         notes.append("test: has no labels, so it is left out; luthier predict labels it")
-    splits, read_as = _splits(tables, columns, gathered, _maps(label_map or {}, tables), task)
+    splits, read_as = _splits(
+        tables, columns, gathered, _maps(label_map or {}, tables), task, as_told=label is not None
+    )
     splits, drawn = _completed(splits, seed, task)
     notes += [*read_as, *drawn, _sizes(splits)]
     odd = () if text or columns.text_pair else other_text(tables["train"], columns)
@@ -152,8 +156,14 @@ def digest(splits: Mapping[str, Split]) -> str:
     return told.hexdigest()
 
 
-def _maps(told: Mapping[str, Mapping[str, str]], tables: Mapping[str, Table]) -> dict[str, Mapping[str, str]]:
-    """The label maps by the splits' own names."""
+def digests(splits: Mapping[str, Split]) -> dict[str, str]:
+    """The digest of each split by itself."""
+    return {name: digest({name: split}) for name, split in splits.items()}
+
+
+def _maps(given: Mapping[Any, Mapping[Any, str]], tables: Mapping[str, Table]) -> dict[str, Mapping[str, str]]:
+    """The label maps by the splits' own names; a label may be given as a number."""
+    told = {str(name): {str(label): ours for label, ours in one.items()} for name, one in given.items()}
     found: dict[str, Mapping[str, str]] = {n if n in tables else f"ood_{n}": one for n, one in told.items()}
     odd = [name for name in told if name not in tables and f"ood_{name}" not in tables]
     if odd:
@@ -168,8 +178,14 @@ def _splits(
     gathered: Gathered,
     maps: Mapping[str, Mapping[str, str]],
     task: str,
+    *,
+    as_told: bool,
 ) -> tuple[dict[str, Split], list[str]]:
-    """Tables as splits, and how labels were read; every absent column and empty label of every split is told at once."""
+    """Tables as splits, and how labels were read; every absent column and empty label of every split is told at once.
+
+    Args:
+        as_told: whether the user named the label's column.
+    """
     faults: list[Fault] = []
     cells: dict[str, list[Any]] = {}
     for name, table in tables.items():
@@ -189,6 +205,7 @@ def _splits(
                 cells[name] = [maps[name].get(str(cell).strip(), cell) for cell in cells[name]]
             faults += _text_faults(gathered.where(name), table, [columns.text, columns.text_pair])
             faults += _label_faults(gathered.where(name), str(columns.label), cells[name])
+            faults += [] if as_told else _header_faults(gathered.where(name), str(columns.label), cells[name])
     if faults:
         raise DataError.of(faults, gathered.name)
     told = []
@@ -246,10 +263,15 @@ def _label_faults(where: str, column: str, cells: Sequence[Any]) -> list[Fault]:
     if nested:
         at = f"{where}, {named_rows(nested)}"
         faults.append(Fault(at, f"must have one class or number in {column!r}", "lists or objects"))
-    if column in map(str, cells) and column.lower() not in LABEL_NAMES:
-        do = "Add a first line with the columns' names."
-        faults.append(Fault(where, "must begin with column names", f"{column!r}, which is a label below", do))
     return faults
+
+
+def _header_faults(where: str, column: str, cells: Sequence[Any]) -> list[Fault]:
+    """A csv or tsv file whose first line is a row: the label's column seems to be named as one of its labels."""
+    if format_of(Path(where)) not in (".csv", ".tsv") or column.lower() in LABEL_NAMES or column not in map(str, cells):
+        return []
+    do = f"Add a first line with the columns' names, or say --label {shlex.quote(column)} if it is one."
+    return [Fault(where, "must begin with column names", f"{column!r}, which is a label below", do)]
 
 
 def named_rows(rows: Sequence[int]) -> str:

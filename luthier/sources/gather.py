@@ -11,7 +11,7 @@ from typing import Any
 from luthier.errors import DataError, Fault, MissingExtra, did_you_mean
 from luthier.sources import demo
 from luthier.sources.places import is_hub_id, not_found
-from luthier.sources.tables import FORMATS, Table, format_of, from_frame, read_table, rows_of
+from luthier.sources.tables import FORMATS, Table, format_of, from_frame, read_table, rows_of, whole
 
 ALIASES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -69,7 +69,7 @@ def gather(source: Any, ood: Mapping[str, Any], out_domain: Any = None) -> Gathe
     files = {**found.files, **{name: each.name for name, each in more.items()}}
     order: list[str] = [name for name in ("train", "validation", "test") if name in tables]
     order += [name for name in tables if name not in order]
-    return Gathered({name: tables[name] for name in order}, found.name, found.notes, files)
+    return Gathered({name: whole(tables[name]) for name in order}, found.name, found.notes, files)
 
 
 def _gather(source: Any) -> Gathered:

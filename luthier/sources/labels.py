@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,11 @@ def as_number(cell: Any) -> int | float | None:
     if isinstance(cell, bool):
         return None
     if isinstance(cell, (int, float)):
-        return cell if math.isfinite(cell) else None
+        return cell if abs(cell) <= sys.float_info.max else None  # isfinite fails for an int beyond it
     if isinstance(cell, str):
         told = cell.strip()
         if _WHOLE.fullmatch(told):
-            return int(told)
+            return int(told) if math.isfinite(float(told)) else None
         if _NUMBER.fullmatch(told) and not re.fullmatch(r"0[0-9]+", told) and math.isfinite(float(told)):
             return float(told)
     return None

@@ -23,7 +23,7 @@ from luthier.core.seeds import borrowed
 from luthier.errors import Fault, did_you_mean
 from luthier.sources.demo import model_folder
 from luthier.sources.heads import draw, names_of, outputs, same_classes
-from luthier.sources.limits import error, max_length_of, pad
+from luthier.sources.limits import error, max_length_of, pad, rows_for, types
 from luthier.sources.places import is_hub_id, not_found
 from luthier.sources.tasks import Task
 
@@ -79,19 +79,23 @@ def load(
 
     Args:
         source: a folder; a hub id; ``demo`` (a folder of that name is ``./demo``); or (model, tokenizer), taken as is,
-            but for the head where ``head`` is mlp, which is drawn anew in place.
+            but for what is done in place: half precision becomes single, and the head is drawn anew where its config
+            names other labels, or the same in another order, or where ``head`` is mlp.
         max_length: tokens; None takes what tokenizer and model allow, 512 at most.
         head: ``mlp`` draws all of a head of two layers anew (``two_layers``), even where the checkpoint has one.
         family: where the parts of a model are, for families that Luthier does not know.
     Raises:
-        ModelError: nothing is there, it is no model for sequence classification, ``max_length`` is beyond it, or it
-            cannot have the head that is asked for.
+        ModelError: nothing is there, it is no model for sequence classification, ``max_length`` is beyond it, it
+            cannot have the head that is asked for, or its tokenizer knows more tokens than it has embeddings for.
         MissingExtra: ``demo`` without ``luthier[demo]``.
     """
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
     if isinstance(source, tuple):
         model, tokenizer = _given(source, task)
+        cast = _single(model)
+        fresh, notes = _renamed(model, task, seed)
         name = f"a {type(model).__name__} in memory"
     elif not isinstance(source, (str, Path)):
         do = "Give model=(model, tokenizer), with the tokenizer that it was pretrained with."
@@ -104,10 +108,12 @@ def load(
     if head == "mlp":
         fresh, notes = _drawn(model, fresh, seed, family)
     pad(model, tokenizer, name)
+    rows_for(model, tokenizer, name)
+    types(model, tokenizer)
     width = max_length_of(model, tokenizer, max_length, name)
     state = model.state_dict()
     loaded = digest({name: value for name, value in state.items() if name not in fresh})
-    return Loaded(model, tokenizer, name, digest(state), fresh, width, notes, loaded)
+    return Loaded(model, tokenizer, name, digest(state), fresh, width, (*cast, *notes), loaded)
 
 
 def reload(folder: str | Path) -> Any:
@@ -190,8 +196,7 @@ def _loaded(
     ends = set(outputs(model, task))
     if info["mismatched_keys"] or not (ends & fresh or same_classes(had, task)):
         fresh |= ends
-        told = ", ".join(map(str, list(had.values())[:5]))
-        notes.append(f"the checkpoint's head is for other labels ({told}): a new one is drawn")
+        notes.append(f"the checkpoint's head is for other labels ({_few(had)}): a new one is drawn")
     if not fresh:
         notes.append("the checkpoint's head is for these labels, and is kept")
     with borrowed(seed, "head"):
@@ -223,7 +228,7 @@ def _drawn(
 
 
 def _given(source: tuple[Any, ...], task: Task) -> tuple[Any, Any]:
-    """A (model, tokenizer) pair as it is; the label names are written into the model's config, in place."""
+    """A (model, tokenizer) pair as it is, once it is known to have an output a label."""
     if len(source) != 2 or not isinstance(source[0], nn.Module) or not callable(source[1]):
         told = ", ".join(type(each).__name__ for each in source) or "nothing"
         raise error(Fault("model", "must be (model, tokenizer)", told), "the model")
@@ -233,9 +238,43 @@ def _given(source: tuple[Any, ...], task: Task) -> tuple[Any, Any]:
         got = f"{getattr(config, 'num_labels', 'no config')}"
         do = f"Load it with num_labels={task.num_labels}, or give its folder or id instead."
         raise error(Fault("model", f"must have {task.num_labels} outputs, one a label", got, do), "the model")
-    config.id2label, config.label2id = names_of(task)["id2label"], names_of(task)["label2id"]
-    config.problem_type = task.problem_type
     return model, tokenizer
+
+
+def _single(model: nn.Module) -> tuple[str, ...]:
+    """Casts what is in half precision to single, in place, as a folder's weights are; gives what to say of it."""
+    found = [each for each in (*model.parameters(), *model.buffers()) if each.dtype in (torch.float16, torch.bfloat16)]
+    told = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in found}))
+    for each in found:
+        each.grad = None
+        each.data = each.data.float()
+    return (f"the model is in half precision ({told}): it is cast to single, in place",) if found else ()
+
+
+def _renamed(model: Any, task: Task, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Writes the label names into a given model's config, in place; gives the weights drawn anew, and what to say.
+
+    A head whose names are other ones, or in another order, is drawn anew, as a checkpoint's is. A head without names
+    (LABEL_0, ...) is the caller's own, and taken for the task's.
+    """
+    had = dict(getattr(model.config, "id2label", None) or {})
+    kept = all(str(name) == f"LABEL_{i}" for i, name in had.items()) or same_classes(had, task)
+    ends = set() if kept or not isinstance(model, PreTrainedModel) else set(outputs(model, task))
+    if not kept and not ends:
+        do = "Give its config the data's labels in this order, with a head that is for them."
+        raise error(Fault("model", f"must be for the labels {', '.join(task.label_names)}", _few(had), do), "the model")
+    if ends:
+        with borrowed(seed, "head"):
+            draw(model, ends)
+    model.config.id2label, model.config.label2id = names_of(task)["id2label"], names_of(task)["label2id"]
+    model.config.problem_type = task.problem_type
+    notes = (f"the model's head is for other labels ({_few(had)}): a new one is drawn, in place",) if ends else ()
+    return tuple(name for name, _ in model.named_parameters() if name in ends), notes
+
+
+def _few(names: Mapping[int, Any]) -> str:
+    """The first five of a config's label names."""
+    return ", ".join(map(str, list(names.values())[:5]))
 
 
 @contextmanager

@@ -110,9 +110,7 @@ def _table(records: list[tuple[int, list[str]]], name: str) -> Table:
     if not records:
         raise fault(name, "must have a first line with column names", "an empty file")
     header = [column.strip() for column in records[0][1]]
-    twice = sorted({column for column in header if header.count(column) > 1})
-    if twice:
-        raise fault(f"{name}, line 1", "must name each column once", f"{twice[0]!r} more than once")
+    _once(header, f"{name}, line 1")
     ragged = [(line, fields) for line, fields in records[1:] if len(fields) != len(header)]
     if ragged:
         do = "A text that holds the separator or a line break must be in quotes."
@@ -125,6 +123,12 @@ def _table(records: list[tuple[int, list[str]]], name: str) -> Table:
         more = [Fault(name, f"has {len(ragged) - 5} more such lines")] if len(ragged) > 5 else []
         raise DataError.of(lines + more, name)
     return {column: [fields[i] for _, fields in records[1:]] for i, column in enumerate(header)}
+
+
+def _once(names: list[str], where: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise fault(where, "must name each column once", f"{twice[0]!r} more than once")
 
 
 def _jsonl(data: bytes, name: str) -> Table:
@@ -174,9 +178,22 @@ def from_records(records: Iterable[dict[str, Any]]) -> Table:
     return {column: [record.get(column) for record in told] for column in columns}
 
 
+def whole(table: Table) -> Table:
+    """The table with ``?`` for each half of a surrogate pair, which JSON may hold and no tokenizer or file takes."""
+    return {
+        column: [cell.encode("utf-8", "replace").decode() if isinstance(cell, str) else cell for cell in cells]
+        for column, cells in table.items()
+    }
+
+
 def from_frame(frame: Any) -> Table:
-    """A pandas DataFrame as a table: missing values (NaN, NaT, NA) become None, numpy arrays lists."""
+    """A pandas DataFrame as a table: missing values (NaN, NaT, NA) become None, numpy arrays lists.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
     table: Table = {}
+    _once(list(map(str, frame.columns)), "the DataFrame")
     for place, column in enumerate(frame.columns):
         series = frame.iloc[:, place]
         missing = series.isna().tolist()

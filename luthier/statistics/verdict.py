@@ -72,12 +72,15 @@ class Verdict:
     seeds_needed: int | None
 
 
-def verdicts(pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign flips") -> tuple[Verdict, ...]:
+def verdicts(
+    pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign flips", undefined: int = 0
+) -> tuple[Verdict, ...]:
     """The verdict on each of ``pairs``, which are corrected together: all that will be told side by side belongs in one call.
 
     Args:
         test: whose p is corrected. "sign flips" needs no assumption and 6 seeds or more (alpha 0.05, one comparison); "t" is the
             interval's own p, can claim with fewer, and trusts that differences are normal from seed to seed.
+        undefined: further pairs, of which there is no verdict; they count in the correction, with p = 1.
     """
     share(alpha, "alpha")
     if test not in ("sign flips", "t"):
@@ -88,26 +91,26 @@ def verdicts(pairs: Sequence[Pair], *, alpha: float = 0.05, test: Test = "sign f
         p, least = [flip.p for flip in flips], [flip.smallest for flip in flips]
     else:
         p, least = [seen.p for seen in looked], [0.0] * len(pairs)
-    corrected, made = holm(p), []
+    corrected, made, many = holm([*p, *[1.0] * undefined]), [], len(pairs) + undefined
     for at, (pair, seen) in enumerate(zip(pairs, looked, strict=True)):
         made.append(
             Verdict(
                 pair=pair,
                 interval=seen,
                 test=test,
-                comparisons=len(pairs),
+                comparisons=many,
                 alpha=alpha,
                 p=p[at],
                 p_adjusted=corrected[at],
-                floor=holm([*p[:at], least[at], *p[at + 1 :]])[at],
+                floor=holm([*p[:at], least[at], *p[at + 1 :], *[1.0] * undefined])[at],
                 claimed=corrected[at] < alpha and (seen.low > 0 or seen.high < 0),
-                detectable=_detectable(pair.found, alpha, len(pairs), test),
+                detectable=_detectable(pair.found, alpha, many, test),
                 seeds_needed=seeds_to_claim(
                     pair.found.mean,
                     pair.found.sd,
                     alpha=alpha,
                     shared=pair.found.shared,
-                    comparisons=len(pairs),
+                    comparisons=many,
                     flips=test == "sign flips",
                 ),
             )

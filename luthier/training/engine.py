@@ -9,6 +9,7 @@ from typing import Any
 from luthier.call import Call
 from luthier.errors import LuthierError
 from luthier.folder import RunFolder, refuse
+from luthier.jsonfile import expanded
 from luthier.narrate import Narrator, Silent
 from luthier.placement import Placement
 from luthier.quick import keep_memory
@@ -74,7 +75,7 @@ def fit(
             is still there, and ``resume=True`` goes on from it).
         Paused: it has come to ``pause_at``; its scores on validation are with the error and in ``out``, as paused.json.
     """
-    say = narrator or Silent()
+    say, out = narrator or Silent(), None if out is None else expanded(out)
     if pause_at is not None and (out is None or not 0 < pause_at < 1):
         raise LuthierError(f"pause_at must be in (0, 1), with out, the run folder to go on from; got {pause_at}.")
     if keep_stages and out is None:
@@ -86,7 +87,7 @@ def fit(
     if not settings.main:
         say = Silent()
     elif out is not None:
-        refuse(Path(out), resume=resume)
+        refuse(out, resume=resume)
     job = prepare(
         known,
         model=model,
@@ -105,9 +106,7 @@ def fit(
     saving = Saving(save_every, save_share, keep_stages, pause_at)
     if out is None:
         return Fitting(job, settings, None, say, saving).go(resume=False)
-    folder = RunFolder(
-        Path(out), resume=resume, identity=job.identity, surroundings=settings.described(), main=settings.main
-    )
+    folder = RunFolder(out, resume=resume, identity=job.identity, surroundings=settings.described(), main=settings.main)
     try:
         if folder.done:
             say.line(f"{folder.path} holds a run that has ended; its report is given back")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from luthier import checkpoint
@@ -258,8 +257,7 @@ class Fitting:
 
     def _give_up(self, run: Run, error: Exception) -> None:
         """Saves where the run stands, if its weights are finite, and says how to go on."""
-        finite = all(bool(torch.isfinite(weight).all()) for weight in run.model.parameters())
-        if finite and run.progress.step:
+        if stages.finite(run.model) and run.progress.step:
             self._write_step(run)
         if isinstance(error, Stopped) and self.folder:
             keep = " --keep-stages" if self.saving.keep_stages else ""

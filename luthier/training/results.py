@@ -21,6 +21,7 @@ from luthier.narrate import Narrator
 from luthier.outputs import adjusted, by_split, keep, logits, scores
 from luthier.placement import Placement
 from luthier.report import Movement, Report, StageReport
+from luthier.sources.data import digests
 from luthier.training.job import Job
 from luthier.training.trace import Trace
 
@@ -74,6 +75,7 @@ def conclude(
         data={
             "source": job.data.source,
             "digest": job.data.digest,
+            "digests": digests(job.data.splits),
             "notes": list(job.data.notes),
             "sizes": {name: len(split) for name, split in job.data.splits.items()},
             "columns": asdict(job.data.columns),

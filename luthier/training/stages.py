@@ -34,6 +34,8 @@ from luthier.training.job import Job
 from luthier.training.probing import quickly
 from luthier.training.trace import Hooks, Trace
 
+_ANEW = "--resume would come to the same: start anew in another --out, with a lower learning rate, a warm-up or clip."
+
 
 class Stopped(RunError):
     """The run was asked to stop; what it had done is saved."""
@@ -172,6 +174,8 @@ def train(job: Job, run: Run, placement: Placement, trace: Trace, hooks: Hooks, 
                     break
                 if step + 1 < plan.steps and placement.anyone(hooks.stop()):
                     raise Stopped("stopped on request")
+        if left and placement.anyone(not finite(run.model)):  # no loss comes after the last step
+            raise _last_step(plan)
     finally:
         restore()
         if handle is not None:
@@ -306,16 +310,27 @@ def score(job: Job, model: nn.Module, placement: Placement) -> dict[str, Any]:
 
 
 def _not_finite(plan: StagePlan, step: int, loss: float, model: nn.Module) -> RunError:
-    finite = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
-    are = "finite" if finite else "not finite either"
-    do = "--resume would come to the same: start anew in another --out, with a lower learning rate, a warm-up or clip."
+    are = "finite" if finite(model) else "not finite either"
     fault = Fault(
         f"{plan.name}, step {step + 1}",
         "the loss must be a finite number",
         str(loss),
-        f"The weights before this step are {are}.  {do}",
+        f"The weights before this step are {are}.  {_ANEW}",
     )
     return NotFinite.of([fault], "the run")  # type: ignore[return-value]
+
+
+def _last_step(plan: StagePlan) -> RunError:
+    fault = Fault(f"{plan.name}, step {plan.steps}", "must leave finite weights", do=_ANEW)
+    return NotFinite.of([fault], "the run")  # type: ignore[return-value]
+
+
+def finite(model: nn.Module) -> bool:
+    """Whether all weights that this process holds are finite."""
+    mine = (
+        getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()
+    )  # of a sharded one a part
+    return all(bool(torch.isfinite(weight).all()) for weight in mine)
 
 
 class NotFinite(RunError):

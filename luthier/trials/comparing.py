@@ -14,7 +14,7 @@ from typing import Any
 from luthier.call import Call
 from luthier.comparison import Comparison
 from luthier.errors import Fault, LuthierError
-from luthier.jsonfile import unwritable
+from luthier.jsonfile import expanded, unwritable
 from luthier.narrate import Narrator, Silent
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks
@@ -32,6 +32,7 @@ from luthier.trials.places import On, Place
 from luthier.trials.reading import Recipes, inside, read
 from luthier.trials.searched import refuse_under_way, searches, waiting
 from luthier.trials.sources import stored
+from luthier.trials.stale import stale
 from luthier.trials.watch import Watch
 
 
@@ -73,8 +74,9 @@ def compare(
         out: the folder of the comparison.
         seeds: how many, or which; when not given those of the comparison that is there, and 5 for a new one.
         vary: streams (head, order, dropout) that get the seeds each by itself, a full grid; empty varies all together.
-        metric: what is compared; None = the task's own.
-        against: the one recipe that all others are compared with; None compares all pairs, which needs more seeds.
+        metric: what is compared; None = what the comparison that is there says, or the task's own.
+        against: the one recipe that all others are compared with; None = what the comparison that is there says, or all pairs, which
+            needs more seeds.
         text, text_pair, label, task, ood, out_domain, label_map: as ``fit`` takes them.
         sets: changes to all recipes (``max_length=128``), or to one (``ft:stages.finetune.epochs=10``).
         search: settings to be found before the runs, ``PATH=SPACE`` for all recipes that have PATH, or ``NAME:PATH=SPACE`` for one. A space
@@ -120,7 +122,7 @@ def compare(
         early=early,
         narrator=narrator,
     )
-    return finish(Desk(Path(out)), design, narrator or Silent(), place)
+    return finish(Desk(expanded(out)), design, narrator or Silent(), place)
 
 
 def designed(
@@ -151,13 +153,16 @@ def designed(
     Args and errors are those of ``compare``.
     """
     say = narrator or Silent()
-    desk = Desk(Path(out))
+    desk = Desk(expanded(out))
     _refuse(desk.path)
+    before = Design.load(desk.path) if (desk.path / designs.NAME).is_file() else None
+    if before is not None:
+        metric, against = metric or before.metric, against or before.against
     told = read(
         recipes,
         sets=[*sets, *([f"task={task}"] if task else [])],
         metric=metric,
-        against=against,
+        against=None if before is not None and against in before.recipes else against,
         seeds=seeds,
         vary=vary,
         early=early,
@@ -188,13 +193,12 @@ def designed(
             for name, recipe in told.recipes.items()
         }
         asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more)
-        if (desk.path / designs.NAME).is_file():
-            before = Design.load(desk.path)
+        if before is not None:
             if seeds is None and before.seeds[0].keys() == told.seeds[0].keys():
                 asked = dataclasses.replace(asked, seeds=before.seeds)
             asked = asked.grown(before)
             refuse_under_way(desk, before, asked)
-        _check(asked, say)
+        _check(asked, say, desk)
         asked.save(desk.path)
     for trial in asked.trials():
         desk.forgive(trial)
@@ -248,7 +252,7 @@ def _undone(path: Path) -> Iterator[None]:
     before = set(path.iterdir()) if path.is_dir() else None
     try:
         yield
-    except LuthierError:
+    except BaseException:  # Ctrl-C too
         if path.is_dir() and not (path / designs.NAME).is_file():  # else others may be at work there
             for new in set(path.iterdir()) - (before or set()):
                 shutil.rmtree(new) if new.is_dir() else new.unlink()
@@ -290,7 +294,7 @@ def _settings(calls: Sequence[Call]) -> tuple[Asked, ...]:
     return tuple(made.values())
 
 
-def _check(design: Design, say: Narrator) -> None:
+def _check(design: Design, say: Narrator, desk: Desk) -> None:
     """Everything that can be found wrong is found before the first run: each recipe is planned in each setting."""
     faults: list[Fault] = []
     tasks: dict[str, Job] = {}  # the first job of each
@@ -314,6 +318,8 @@ def _check(design: Design, say: Narrator) -> None:
                         must = f"must be measured on the rows of {first.recipe.name}, as runs are paired by row"
                         do = "Give --data for all, or leave 'seeds: {split: ...}' out."
                         faults.append(Fault(where, must, jobs[kind].data.source, do))
+                trials = [one for one in design.trials() if (one.setting, one.recipe) == (asked.name, name)]
+                faults += stale([one for one in trials if desk.done(one)], desk, jobs[kind])
                 if early := Early.of(design):
                     looks = misleads(plan, early.share, validation="validation" in jobs[kind].encoded)
                     faults += [dataclasses.replace(fault, where=f"{where}: {fault.where}") for fault in looks]
@@ -321,6 +327,12 @@ def _check(design: Design, say: Narrator) -> None:
                 if not jobs:
                     raise  # the data or the model: no recipe can do with it
                 faults += inside(where, error)
+    leads = {recipe.metric for recipe in map(design.recipe, design.trials()) if recipe.metric}
+    if design.metric is None and len(leads) > 1:
+        do = "Say --metric."
+        faults.append(
+            Fault("the recipes", "must be compared by one metric", f"{', '.join(sorted(leads))} of their own", do)
+        )
     if len(tasks) > 1:
         told = ", ".join(f"{job.data.source} as {kind}" for kind, job in tasks.items())
         do = "Compare each in a folder of its own, or say --task."

@@ -138,7 +138,7 @@ class Design:
                 name, "must be the recipe it was when this comparison began", do="Give it another name, as NAME=RECIPE."
             )
             for name, plain in self.recipes.items()
-            if name in before.recipes and before.recipes[name] != plain
+            if name in before.recipes and _meant(before.recipes[name]) != _meant(plain)
         ]
         faults += [
             Fault(
@@ -176,6 +176,11 @@ class Design:
         more = {**self.more, **({"search": search} if search else {})}
         recipes = {**before.recipes, **self.recipes}
         return replace(self, recipes=recipes, settings=(*before.settings, *new), seeds=tuple(seeds), more=more)
+
+
+def _meant(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what it says about itself."""
+    return {name: value for name, value in recipe.items() if name != "description"}
 
 
 def seeded(seeds: Sequence[tuple[str, int]] | Mapping[str, int]) -> dict[str, Any]:

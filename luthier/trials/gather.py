@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from luthier.trials.outcome import listed, outcome
 from luthier.trials.pairs import ALPHA, Seen, couples, unit_of, versus
 from luthier.trials.searched import chosen, searches
 from luthier.trials.spared import cost
+from luthier.trials.stale import mixed
 
 
 def gather(folder: str | Path, design: Design | None = None, *, metric: str | None = None) -> Comparison:
@@ -43,6 +44,8 @@ def gather(folder: str | Path, design: Design | None = None, *, metric: str | No
         why = f"{failed.name}: {_last(failed.why)}" if failed else "none is done"
         raise kind(f"{folder}: no run has ended, so there is nothing to compare.  {why}")
     metric = _metric(known, metric, next(iter(reports.values())))
+    for asked in known.settings:
+        mixed({name: report for name, report in reports.items() if name in _names(trials, asked.name)})
     found = [
         _Told(asked.name, known, metric, rows, desk, {t: reports[t.name] for t in trials if t.name in reports})
         for asked in known.settings
@@ -116,7 +119,7 @@ class _Told:
             sizes=dict(first.data["sizes"]),
             splits=tuple(first.splits),
             shown=first.shown or "",
-            majority={split: runs.majority_share(out.targets) for split, out in outputs.items()} if classes else {},
+            majority=_majorities(outputs) if classes else {},
             chosen_on="validation"
             if self.selected or any(one.setting == name for one in searches(desk, design))
             else next((report.chosen_on for report in self.runs.values() if report.chosen_on), ""),
@@ -130,14 +133,13 @@ class _Told:
             return []
         seen = [Seen(trial.recipe, trial.seeds, out) for trial, out in self.outputs.items()]
         recipes = [recipe for recipe in self.design.recipes if self.of(recipe)]
-        against = self.design.against if self.design.against in recipes else None
-        return versus(self.setting, seen, recipes, self.metric, against, selected=self.selected)
+        return versus(self.setting, seen, recipes, self.metric, self.design.against, selected=self.selected)
 
     def apart(self) -> list[str]:
         """Of recipes whose runs were chosen: which have too few seeds in common to be paired."""
         made = []
         recipes = [recipe for recipe in self.design.recipes if self.of(recipe)] if self.selected else []
-        for one, other in couples(recipes, self.design.against if self.design.against in recipes else None):
+        for one, other in couples(recipes, self.design.against):
             both = {trial.seeds for trial in self.of(one)} & {trial.seeds for trial in self.of(other)}
             if len(both) < 2:
                 many = f"{len(both) or 'no'} seed{'' if len(both) == 1 else 's'} in common"
@@ -169,7 +171,7 @@ class _Told:
             gone = runs.failed(accuracies, majority)
             why = f"accuracy at or under {majority:.3f}, the share of the majority class"
             sentence = _failed(recipe, [names[at] for at in gone], len(names), why, split)
-        elif known := self.runs[self.of(recipe)[0]].baseline(split):
+        elif (known := self.runs[self.of(recipe)[0]].baseline(split)) and known[0] == "rmse":
             errors = [self._score(trial, split, "rmse") for trial in self.of(recipe) if trial.name in scored]
             gone = runs.failed(errors, known[1], higher_is_better=False)
             why = f"RMSE at or over {known[1]:.4g}, that of {known[2]}"
@@ -229,6 +231,16 @@ class _Told:
         return made
 
 
+def _names(trials: Sequence[Trial], setting: str) -> set[str]:
+    return {trial.name for trial in trials if trial.setting == setting}
+
+
+def _majorities(outputs: Mapping[str, Outputs]) -> dict[str, float]:
+    """By split, the share of the most frequent class; where there is one class only, always saying it is no baseline."""
+    shares = {split: runs.majority_share(out.targets) for split, out in outputs.items()}
+    return {split: share for split, share in shares.items() if share < 1}
+
+
 def _row(desk: Desk, trial: Trial, report: Report | None, gone: bool) -> TrialRow:
     seeds = dict(trial.seeds)
     if gone:
@@ -270,6 +282,10 @@ def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_T
     left = [row.name for row in rows if row.state == "open"]
     if left:
         notes.append(f"{len(left)} of {len(rows)} runs are not done yet; the same command goes on")
+    against = found[0].design.against if found else None
+    for one in found:
+        if against and not one.of(against):
+            notes.append(f"all are compared with {against}, of which no run on {one.setting.name} has ended")
     shown = {one.setting.name: one.setting.shown for one in found}
     notes += [level.sentence for level in levels if level.sentence and level.split == shown[level.setting]]
     return list(dict.fromkeys(notes))

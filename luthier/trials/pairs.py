@@ -65,7 +65,7 @@ def versus(
     shifted = [split for split in setting.splits if split.startswith("ood_")]
     made = []
     for family in ([setting.shown], shifted):
-        many, single = [], []
+        many, single, undefined = [], [], 0
         for split in family:
             for one, other in couples(recipes, against):
                 both = [seeds for seeds in by[one] if seeds in by[other] and independent(seeds)]
@@ -79,29 +79,34 @@ def versus(
                     pair = Pair(one, other, split, _difference(mine, theirs, metric))
                 except DataError as error:
                     single.append(_undefined(setting, split, one, other, mine, theirs, metric, error))
+                    undefined += 1
                     continue
                 if selected:
                     single.append(_selected(setting, pair, metric))
                 else:
                     many.append(pair)
-        made += [_told(setting, verdict, metric) for verdict in _judged(many)] + single
+        made += [_told(setting, verdict, metric) for verdict in _judged(many, undefined)] + single
     return made
 
 
 def couples(recipes: Sequence[str], against: str | None) -> list[tuple[str, str]]:
     """The recipes to compare, two and two: all, or each with ``against``, which comes second."""
     if against is not None:
-        return [(one, against) for one in recipes if one != against]
+        return [(one, against) for one in recipes if one != against and against in recipes]
     return [(one, other) for other, one in combinations(recipes, 2)]
 
 
-def _judged(pairs: Sequence[Pair]) -> tuple[Verdict, ...]:
-    """By sign flips where so many seeds can claim something after correction, else by t; the results do not decide which."""
+def _judged(pairs: Sequence[Pair], undefined: int) -> tuple[Verdict, ...]:
+    """By sign flips where so many seeds can claim something after correction, else by t; the results do not decide which.
+
+    Args:
+        undefined: pairs of the family whose metric is not defined; they count in the correction.
+    """
     if not pairs:
         return ()
     seeds = min(pair.found.seeds for pair in pairs)
-    test: Test = "sign flips" if smallest_p(seeds) * len(pairs) < ALPHA else "t"
-    return verdicts(pairs, alpha=ALPHA, test=test)
+    test: Test = "sign flips" if smallest_p(seeds) * (len(pairs) + undefined) < ALPHA else "t"
+    return verdicts(pairs, alpha=ALPHA, test=test, undefined=undefined)
 
 
 def _difference(one: Sequence[Outputs], other: Sequence[Outputs], metric: str) -> Difference:

@@ -93,4 +93,4 @@ def shares(nodes: list[dict[str, Any]], workers: int) -> tuple[int, float]:
     cpus = [each["CPU"] for each in alive if each.get("CPU")]
     gpus = sum(each.get("GPU", 0.0) for each in alive)
     share = math.floor(min(min(cpus, default=1.0), sum(cpus) / workers))
-    return max(1, share), min(1.0, round(gpus / workers, 4))
+    return max(1, share), min(1.0, math.floor(gpus / workers * 1e4) / 1e4)

@@ -14,6 +14,8 @@ import luthier
 from luthier.errors import DataError, LuthierError
 from luthier.finished.predictions import Predictions
 from luthier.narrate import Silent
+from luthier.sources.columns import Columns
+from luthier.sources.data import read_unlabelled
 from tests.little import recipe, sentences
 
 TEXTS = ["good film", "bad book", "the plot was fine"]
@@ -138,3 +140,23 @@ def test_labels_that_do_not_fit_are_left_alone(runs, labels):
     lines = Lines()
     told = luthier.predict(runs[0], pd.DataFrame({"text": TEXTS, "label": labels}), narrator=lines)
     assert lines.said == [] and len(told.labels) == 3
+
+
+ODD = ["a\rb", "a\r\nb", "a\nb", 'say "x"', "tab\tand, comma", "\r", "plain"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_carriage_return_in_a_text_comes_back(tmp_path, ending):
+    path = tmp_path / f"told.{ending}"
+    Predictions({"text": ODD}, ["x"] * len(ODD), None, ()).save(path)
+    assert path.read_bytes().startswith(b"text\tprediction\n" if ending == "tsv" else b"text,prediction\n")
+    assert path.read_bytes().endswith(b"plain\tx\n" if ending == "tsv" else b"plain,x\n")
+    assert pd.read_csv(path, sep="\t" if ending == "tsv" else ",")["text"].tolist() == ODD
+    split, _ = read_unlabelled(path, Columns("text", None))
+    assert list(split.texts) == ODD
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_half_a_surrogate_pair_is_written_as_a_question_mark(tmp_path, ending):
+    Predictions({"text": ["so \ud83d"]}, ["\ud83d"], None, ()).save(tmp_path / f"told.{ending}")
+    assert (tmp_path / f"told.{ending}").read_text(encoding="utf-8").count("?") == 2

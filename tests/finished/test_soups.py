@@ -166,3 +166,23 @@ def test_a_folder_with_something_in_it_is_left_alone(runs, tmp_path):
     with pytest.raises(LuthierError, match="is not empty"):
         luthier.soup(runs, out=tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_greed_takes_a_score_that_is_not_defined_for_the_worst():
+    scores = {(0,): None, (0, 1): None, (0, 2): 0.5, (0, 2, 3): None}
+    assert greedy(4, [0, 1, 2, 3], lambda some: scores[tuple(some)], higher=True) == (0, 2)
+
+
+def test_a_soup_whose_metric_is_not_defined_on_a_split_shows_a_dash(tiny_model, tmp_path):
+    """All validation and test labels are one number: there is no correlation with it."""
+    (tmp_path / "data").mkdir()
+    for seed, name in enumerate(("train", "validation", "test")):
+        label = [1.5] * 20 if seed else [at / 7 for at in range(20)]
+        sentences(20, seed=seed).assign(label=label).to_csv(tmp_path / "data" / f"{name}.csv", index=False)
+    one = dataclasses.replace(recipe(["adamw"], steps=1), metric="pearson", task="regression")
+    runs = [tmp_path / "1", tmp_path / "2"]
+    for seed, run in enumerate(runs):
+        luthier.fit(one, model=tiny_model, data=str(tmp_path / "data"), out=run, seed=seed)
+    made = luthier.soup(runs, out=tmp_path / "soup")
+    assert made.metrics["validation"]["pearson"] is None and made.kept == (str(runs[0]),)
+    assert all(line.split()[-2:] == ["-", "-"] for line in made.lines()[1:4])

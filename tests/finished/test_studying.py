@@ -252,3 +252,42 @@ def test_data_or_weights_that_have_changed_since_the_run_are_refused(tiny_model,
 def test_no_picture_shows_unread_mathematics(run):
     for one in luthier.study(run, rows=6):
         assert "mathdefault" not in one.svg and "$" not in one.svg
+
+
+def test_a_run_is_looked_at_from_another_folder_as_it_is_repeated_there(tiny_model, tmp_path, monkeypatch):
+    """Its data are two files by split, its shifted test lies in the home folder, and all but that is named by relative paths."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("here", "home", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(tiny_model, "model")
+    for seed, name in enumerate(("d.csv", "t.csv", str(tmp_path / "home" / "far.csv"))):
+        sentences(30, seed=seed).to_csv(name, index=False)
+    data = {"train": "d.csv", "test": "t.csv"}
+    luthier.fit(recipe(["adamw"], steps=2), model="model", data=data, ood={"far": "~/far.csv"}, out="run")
+    here = luthier.study("run", kinds=["forgetting", "clusters"], rows=6)
+    assert here[0].found["general"] == ["ood_far"] and here[0].found["notes"][1:] == []
+    monkeypatch.chdir(tmp_path / "there")
+    there = luthier.study(tmp_path / "here" / "run", kinds=["forgetting", "clusters"], rows=6)
+    assert [one.found for one in there] == [one.found for one in here]
+
+
+def test_a_shifted_test_that_was_never_a_path_is_asked_for_and_not_dropped(tiny_model, tmp_path, monkeypatch):
+    for seed, name in enumerate(("data", "far")):
+        sentences(30 + 30 * (not seed), seed=seed).to_csv(tmp_path / f"{name}.csv", index=False)
+    data, ood = str(tmp_path / "data.csv"), {"far": str(tmp_path / "far.csv")}
+    luthier.fit(recipe(["adamw"], steps=1), model=str(tiny_model), data=data, ood=ood, out=tmp_path / "run")
+    call = json.loads((tmp_path / "run" / "call.json").read_text())
+    call["paths"].pop(call["ood"]["far"])
+    call["ood"]["far"] = "org/far"
+    (tmp_path / "run" / "call.json").write_text(json.dumps(call))
+    asked = []
+
+    def asks(*args, **named):
+        asked.append(named["ood"])
+        raise LuthierError("enough")
+
+    monkeypatch.setattr("luthier.finished.studying.prepare", asks)
+    with pytest.raises(LuthierError, match="enough"):
+        luthier.study(tmp_path / "run")
+    assert asked == [{"far": "org/far"}]

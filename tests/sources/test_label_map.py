@@ -29,6 +29,15 @@ def test_names_may_become_numbers_and_the_kind_stays_that_of_train():
     assert set(found.splits["train"].labels) == {0, 1}
 
 
+def test_their_labels_may_be_given_as_numbers():
+    found = read(OURS, ood={"tweets": THEIRS}, label_map={"tweets": {1: "good", 0: "bad"}})
+    assert found.splits["ood_tweets"].labels == ("good", "bad", "good")
+    with pytest.raises(DataError, match="must have the label '2' to map it"):
+        read(OURS, ood={"tweets": THEIRS}, label_map={"tweets": {2: "good"}})
+    with pytest.raises(DataError, match="the label map of 3  must be that of a split"):
+        read(OURS, ood={"tweets": THEIRS}, label_map={3: {1: "good"}})
+
+
 def test_the_digest_is_that_of_the_labels_as_they_are_used():
     mapped = read(OURS, ood={"t": THEIRS}, label_map={"t": {"1": "good", "0": "bad"}})
     written = read(OURS, ood={"t": THEIRS.assign(label=["good", "bad", "good"])})

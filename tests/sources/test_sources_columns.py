@@ -9,7 +9,7 @@ import pytest
 from luthier.errors import DataError
 from luthier.sources.columns import Columns, Flags, infer
 from luthier.sources.data import read
-from luthier.sources.labels import are_classes, as_labels, decimal_commas, pointed
+from luthier.sources.labels import are_classes, as_labels, as_number, decimal_commas, pointed
 from luthier.sources.tasks import Regression, decide
 
 LONG = ["a rather long text about nothing", "another long text about little"] * 10
@@ -164,3 +164,11 @@ def test_labels_of_which_one_is_no_decimal_comma_stay_strings(odd: str) -> None:
 def test_whole_numbers_beside_decimal_commas_are_numbers_too() -> None:
     assert decimal_commas({"train": ["4", " 3,5 ", "-1,25"], "ood_x": ["x"]}) == "3,5"
     assert [pointed(cell) for cell in ("4", " 3,5 ", "x,y", 3)] == ["4", "3.5", "x,y", 3]
+
+
+def test_what_is_beyond_the_largest_float_is_no_number() -> None:
+    # The largest is about 1.8e308; Python itself reads no whole number of more than 4300 digits.
+    for cell in ("9" * 5000, "9" * 400, "-" + "9" * 400, "1e400", 10**400, -(10**400), float("inf"), float("nan")):
+        assert as_number(cell) is None
+    assert as_number("9" * 300) == as_number(int("9" * 300)) == 10**300 - 1
+    assert as_labels({"train": ["9" * 5000, "1"]}) == {"train": ("9" * 5000, "1")}

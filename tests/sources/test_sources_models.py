@@ -16,12 +16,14 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2Model,
     LlamaConfig,
     ModernBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
     T5Config,
 )
@@ -29,9 +31,11 @@ from transformers.utils import logging
 
 from luthier.errors import MissingExtra, ModelError
 from luthier.sources import demo, models
+from luthier.sources.data import Split
 from luthier.sources.limits import pad_id
 from luthier.sources.models import Loaded, load
 from luthier.sources.tasks import Classification, Regression
+from luthier.sources.text import collate, encode
 from tests.tinyfolder import tiny_config, tiny_folder, tiny_tokenizer
 
 ABC = Classification(("a", "b", "c"))
@@ -319,11 +323,118 @@ def test_a_model_without_its_tokenizer_is_refused_with_what_to_give() -> None:
             load(source, ABC, seed=0)
 
 
-def test_what_fills_batches_up_is_the_tokenizers_token_else_the_configs_else_nought() -> None:
-    def told(own: int | None, configs: int | None) -> int:
-        return pad_id(SimpleNamespace(config=SimpleNamespace(pad_token_id=configs)), SimpleNamespace(pad_token_id=own))
+def given(names: list[str]) -> BertForSequenceClassification:
+    """A model in memory for the classes ``names``, its head fitted to them."""
+    config = tiny_config()
+    config.num_labels = len(names)
+    config.id2label = dict(enumerate(names))
+    return BertForSequenceClassification(config)
 
-    assert [told(0, 7), told(3, 7), told(None, 7), told(None, None)] == [0, 3, 7, 0]
+
+@pytest.mark.parametrize("names", [["b", "a", "c"], ["x", "y", "z"]])
+def test_a_model_in_memory_for_other_labels_gets_a_new_head_as_a_folder_does(tmp_path: Path, names: list[str]) -> None:
+    zero, one = (load((given(names), tiny_tokenizer()), ABC, seed=seed) for seed in (0, 1))
+    assert zero.fresh == ("classifier.weight", "classifier.bias")
+    assert zero.notes == (f"the model's head is for other labels ({', '.join(names)}): a new one is drawn, in place",)
+    assert zero.model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    filed = load(with_head(tmp_path, names), ABC, seed=0)
+    assert same(split_weights(zero)[0], split_weights(filed)[0])
+    assert not torch.equal(zero.model.classifier.weight, one.model.classifier.weight)
+
+
+def test_a_model_in_memory_for_the_same_labels_keeps_its_head() -> None:
+    model = given(["a", "b", "c"])
+    before = models.digest(model.state_dict())
+    loaded = load((model, tiny_tokenizer()), ABC, seed=0)
+    assert (loaded.digest, loaded.fresh, loaded.notes) == (before, (), ())
+
+
+def test_a_model_that_is_not_transformers_own_is_refused_for_labels_in_another_order() -> None:
+    class Mine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = given(["c", "b", "a"]).config
+
+    with pytest.raises(ModelError, match="model  must be for the labels a, b, c; got c, b, a.  Give its config"):
+        load((Mine(), tiny_tokenizer()), ABC, seed=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head", ["own", "mlp"])
+def test_a_model_in_memory_in_half_precision_is_cast_to_single_and_it_is_said(kind: torch.dtype, head: Any) -> None:
+    model = given(["a", "b", "c"]).to(kind)
+    embedded = model.get_input_embeddings().weight.clone()
+    loaded = load((model, tiny_tokenizer()), ABC, seed=0, head=head)
+    assert loaded.model is model
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert torch.equal(model.get_input_embeddings().weight, embedded.float())
+    named = str(kind).removeprefix("torch.")
+    assert loaded.notes[0] == f"the model is in half precision ({named}): it is cast to single, in place"
+
+
+def test_a_model_in_memory_in_double_precision_stays_so() -> None:
+    loaded = load((given(["a", "b", "c"]).double(), tiny_tokenizer()), ABC, seed=0)
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float64}
+    assert loaded.notes == ()
+
+
+def test_what_fills_batches_up_is_the_configs_token_where_the_model_has_it_else_the_tokenizers_else_nought() -> None:
+    """The config's comes first as decoders find the end of a row by it, and take any other filler for a token."""
+
+    def told(own: int | None, configs: int | None) -> int:
+        model = SimpleNamespace(config=GPT2Config(vocab_size=30, pad_token_id=configs))
+        return pad_id(model, SimpleNamespace(pad_token_id=own))
+
+    assert [told(0, 7), told(3, 0), told(None, 7)] == [7, 0, 7]
+    assert [told(3, None), told(3, -1), told(3, 30), told(None, None)] == [3, 3, 3, 0]
+
+
+@pytest.mark.parametrize("pad", [3, 29, -1, None])
+def test_a_row_has_the_same_logits_alone_and_in_a_batch_whatever_pads_the_config_names(pad: int | None) -> None:
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=pad)
+    model, tokenizer = GPT2ForSequenceClassification(config).double().eval(), tiny_tokenizer()
+    loaded = load((model, tokenizer), ABC, seed=0)
+    if pad in (3, 29):
+        assert model.config.pad_token_id == pad  # RoBERTa counts positions from it
+    rows = encode(tokenizer, Split(("good", "a very good film this was")), max_length=loaded.max_length)
+
+    def logits(*numbers: int) -> torch.Tensor:
+        batch = collate(rows, numbers, pad_id=pad_id(model, tokenizer))
+        with torch.no_grad():
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
+
+    # The same sums in float64, in another order: 2^-53 = 1e-16 a step.
+    assert torch.allclose(logits(0), logits(0, 1), rtol=0, atol=1e-12)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused_with_the_cure(tmp_path: Path) -> None:
+    model, tokenizer = given(["a", "b", "c"]), tiny_tokenizer()
+    tokenizer.add_tokens(["brio"])
+    must = "must have an embedding for each token of its tokenizer, 26; got 25.  Call model.resize_token_embeddings"
+    with pytest.raises(ModelError, match=must):
+        load((model, tokenizer), ABC, seed=0)
+    tokenizer.save_pretrained(tiny_folder(tmp_path))
+    with pytest.raises(ModelError, match=must):
+        load(tmp_path, ABC, seed=0)
+    model.resize_token_embeddings(len(tokenizer))
+    assert load((model, tokenizer), ABC, seed=0).model is model
+
+
+def test_a_model_of_one_token_type_reads_pairs_here_and_where_it_is_saved(tmp_path: Path) -> None:
+    config = RobertaConfig(**SMALL, max_position_embeddings=40, type_vocab_size=1, num_labels=3)
+    loaded = load((RobertaForSequenceClassification(config).eval(), tiny_tokenizer()), ABC, seed=0)
+    models.store(loaded.model, loaded.tokenizer, tmp_path)
+    for tokenizer in (loaded.tokenizer, models.reload_tokenizer(tmp_path)):
+        rows = encode(tokenizer, Split(("good film",), ("bad plot",)), max_length=16)
+        assert rows.type_ids is None
+        with torch.no_grad():
+            loaded.model(**collate(rows, [0], pad_id=0))
+
+
+def test_a_model_of_two_token_types_is_told_which_text_a_token_is_of(folder: Path) -> None:
+    rows = encode(load(folder, ABC, seed=0).tokenizer, Split(("good",), ("bad",)), max_length=16)
+    assert rows.type_ids is not None
+    assert rows.type_ids[0].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_the_digest_sees_names_types_shapes_and_single_bits() -> None:

@@ -13,6 +13,7 @@ from luthier.errors import DataError
 from luthier.sources.columns import Columns
 from luthier.sources.data import read, read_unlabelled
 from luthier.sources.tables import read_table
+from tests.tinyfolder import tiny_tokenizer
 
 # What a careless reader loses: a separator, quotes, a line break, U+2028, words that pandas takes for nothing.
 TEXTS = [
@@ -251,6 +252,46 @@ def test_a_file_without_column_names_is_refused(tmp_path: Path) -> None:
     path.write_text("what a fine film,good\n" + "\n".join(f"film {i},{['good', 'bad'][i % 2]}" for i in range(20)))
     with pytest.raises(DataError, match="must begin with column names; got 'good', which is a label below"):
         read(path)
+
+
+def test_a_label_column_may_be_named_like_a_class_where_a_header_cannot_be_missing(tmp_path: Path) -> None:
+    rows = [{"text": f"text number {i}", "toxic": ["toxic", "clean"][i % 2]} for i in range(20)]
+    for kind in (".jsonl", ".json", ".parquet"):
+        assert read(write(tmp_path / f"a{kind}", rows)).columns.label == "toxic"
+    frame = pd.DataFrame(rows)
+    assert read(frame, ood={"x": frame}).columns.label == read(datasets.Dataset.from_list(rows)).columns.label
+    for kind in (".csv", ".tsv", ".csv.gz"):
+        path = write(tmp_path / f"a{kind}", rows)
+        with pytest.raises(DataError, match="must begin with column names.*or say --label toxic if it is one"):
+            read(path)
+        with pytest.raises(DataError, match=r"a\..*must begin with column names"):
+            read({"train": path})
+        assert set(read(path, label="toxic").splits["train"].labels or ()) == {"toxic", "clean"}
+
+
+def test_a_frame_with_a_column_name_twice_is_refused_as_csv_is() -> None:
+    frame = pd.DataFrame([["a", 0, 1]] * 20, columns=["text", "label", "label"])
+    with pytest.raises(DataError, match="the DataFrame  must name each column once; got 'label' more than once"):
+        read(frame)
+    with pytest.raises(DataError, match="got '1' more than once"):
+        read(pd.DataFrame([["a", 0, 1]], columns=["text", 1, "1"]))
+
+
+def test_half_a_surrogate_pair_is_a_question_mark_in_texts_labels_and_what_is_written_of_them(tmp_path: Path) -> None:
+    half = "good \ud83d"
+    rows = [{"text": f"{half} {i}", "pair": half, "label": ["x\ud83d", "y"][i % 2]} for i in range(20)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    for source in (path, pd.DataFrame(rows, dtype=object)):
+        data = read(source, text_pair="pair", ood={"same": source})
+        for split in (data.splits["train"], data.splits["ood_same"]):
+            assert all(text.startswith("good ? ") for text in split.texts)
+            assert (set(split.pairs or ()), set(split.labels or ())) == ({"good ?"}, {"x?", "y"})
+        split, frame = read_unlabelled(source, Columns("text", "pair"))
+        tiny_tokenizer()(list(split.texts), list(split.pairs or ()))
+        frame.to_csv(tmp_path / "said.csv")
+    path.write_text("\n".join(json.dumps({**row, "text": f"\U0001f600 {i}"}) for i, row in enumerate(rows)))
+    assert read(path).splits["train"].texts[0].startswith("\U0001f600")  # a whole pair stays
 
 
 def test_ood_sources_are_added_by_name_and_one_given_twice_is_refused(tmp_path: Path) -> None:

@@ -229,6 +229,14 @@ class Explodes(Ingredient):
         return lambda model, batch: inner(model, batch) * (float("nan") if ctx.progress.step == 2 else 1.0)
 
 
+def test_a_last_step_that_leaves_no_numbers_is_told_though_no_loss_comes_after_it(tiny_model, tmp_path):
+    with pytest.raises(
+        LuthierError, match=r"finetune, step 1  must leave finite weights\.  --resume would come to the same"
+    ):
+        luthier.fit(recipe(["adamw"], steps=1, lr=1e38), model=tiny_model, data=sentences(), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_keeps_finite_weights_and_says_what_to_do(tiny_model, tmp_path):
     stage = luthier.Stage(ingredients=(Explodes(),), steps=6, learning_rate=1e-3, batch_size=8)
     made = luthier.Recipe(name="nan", stages=(stage,), max_length=16)

@@ -450,7 +450,7 @@ def test_streams_vary_apart(tiny_model, data, tmp_path, monkeypatch):
     assert found.best_of["data"]["ft"][0]["expected"] == pytest.approx(np.mean(best))
     assert all(len(one.by_seed) == 2 for one in found.versus)
     assert any(note.startswith("head and order vary apart: means are of all runs") for note in found.notes)
-    monkeypatch.setattr("luthier.statistics.runs.majority_share", lambda targets: 1.0)
+    monkeypatch.setattr("luthier.statistics.runs.majority_share", lambda targets: 0.999)
     level = next(one for one in gather(tmp_path / "out").levels if (one.recipe, one.split) == ("ft", "test"))
     assert level.failed == tuple(f"ft-head{h}-order{o}" for h, o in test)
     assert all(name in level.sentence for name in level.failed)

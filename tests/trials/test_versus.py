@@ -65,7 +65,9 @@ def test_a_run_that_predicts_one_number_leaves_its_pairs_unclaimed_and_says_why(
 
     made = versus(SETTING, [run(recipe, seed) for recipe in "abc" for seed in range(seeds)], ["a", "b", "c"], metric)
     by = {(one.one, one.other): one for one in made}
-    assert math.isfinite(by["c", "a"].value) and by["c", "a"].comparisons == 1
+    assert math.isfinite(by["c", "a"].value) and by["c", "a"].comparisons == (
+        1 if seeds == 1 else 3
+    )  # all of the family count
     for pair in (by["b", "a"], by["c", "b"]):
         assert math.isnan(pair.value) and math.isnan(pair.low) and not pair.claimed
         assert [math.isnan(apart) for apart in pair.by_seed] == [True] + [False] * (seeds - 1)

@@ -37,6 +37,11 @@ class Temperature(Ingredient):
         if split.logits.ndim != 2 or split.logits.shape[1] < 2 or not np.issubdtype(split.targets.dtype, np.integer):
             ctx.note("temperature is for classification; predictions of numbers are left as they are.")
             return None
+        if not np.isfinite(split.logits).all():
+            ctx.note(
+                "temperature needs logits that are finite numbers; some are not, so predictions are left as they are."
+            )
+            return None
         fit = fit_temperature(split.logits, split.targets)
         if fit.at_bound:
             unused = {"temperature": 1.0, "nll_before": fit.nll_before, "nll_after": fit.nll_before}

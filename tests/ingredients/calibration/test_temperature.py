@@ -150,6 +150,13 @@ def test_only_the_validation_rows_are_read() -> None:
     assert alone == others
 
 
+def test_logits_that_are_no_numbers_are_left_as_they_are() -> None:
+    ctx = context()
+    odd = Outputs(np.array([[0.0, np.nan], [1.0, 0.0]]), np.array([0, 1]))
+    assert Temperature().measure({"validation": odd}, ctx) is None
+    assert "needs logits that are finite numbers" in ctx.notes[0]
+
+
 def test_without_validation_rows_nothing_is_fitted_and_it_is_told() -> None:
     for outputs in ({"test": noisy(100, 3)}, {"validation": Outputs(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))}):
         ctx = context()
