@@ -228,7 +228,7 @@ def test_it_keeps_its_promises():
 
 def test_it_matters():
     model = Point(1.0, -2.0)
-    start = float(bowl(model, torch.ones(2, dtype=torch.float64)))
+    start = float(bowl(model, torch.ones(2, dtype=torch.float64)).detach())
     for seed in range(200):
         made = stepper(model, lr=0.05, seed=seed)
         made.offer(Closure(model, bowl, [torch.ones(2, dtype=torch.float64)]))
