@@ -234,4 +234,4 @@ def test_it_matters():
         made.offer(Closure(model, bowl, [torch.ones(2, dtype=torch.float64)]))
         made.step()
     # each step shrinks the bowl's value on average; after 200 it is a millionth of what it was
-    assert float(bowl(model, torch.ones(2, dtype=torch.float64))) < 1e-6 * start
+    assert float(bowl(model, torch.ones(2, dtype=torch.float64)).detach()) < 1e-6 * start
