@@ -45,7 +45,7 @@ def gather(folder: str | Path, design: Design | None = None, *, metric: str | No
         raise kind(f"{folder}: no run has ended, so there is nothing to compare.  {why}")
     metric = _metric(known, metric, next(iter(reports.values())))
     for asked in known.settings:
-        mixed({name: report for name, report in reports.items() if name in _names(trials, asked.name)})
+        mixed({one.name: reports[one.name] for one in trials if one.setting == asked.name and one.name in reports})
     found = [
         _Told(asked.name, known, metric, rows, desk, {t: reports[t.name] for t in trials if t.name in reports})
         for asked in known.settings
@@ -229,10 +229,6 @@ class _Told:
                 found = decompose(grid(cells))
                 made[recipe] = {**asdict(found), "shares": asdict(found.squares.shares)}
         return made
-
-
-def _names(trials: Sequence[Trial], setting: str) -> set[str]:
-    return {trial.name for trial in trials if trial.setting == setting}
 
 
 def _majorities(outputs: Mapping[str, Outputs]) -> dict[str, float]:

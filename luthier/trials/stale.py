@@ -17,7 +17,7 @@ _DO = "Choose another --out; or remove that folder, and the run is made anew."
 
 def stale(trials: Sequence[Trial], desk: Desk, job: Job) -> list[Fault]:
     """Runs that have ended and were made of other rows, or from another model, than ``job`` has now."""
-    now = digests(job.data.splits)
+    now = digests(job.data.splits) if trials else {}
     faults = []
     for trial in trials:
         told = desk.report(trial)
