@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import luthier
 from luthier.placement import Placement, _check_device
 from tests.little import Asks, recipe, same, sentences, weights
+from tests.processes import process
 from tests.tinyfolder import tiny_folder
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
@@ -54,8 +54,7 @@ def test_one_process_on_a_cpu_leaves_the_model_as_it_is(tmp_path):
 
 def test_several_processes_leave_the_model_in_single_precision_where_scores_are_made(tmp_path):
     """One process that is told it is one of two: the model is wrapped, and its own forward pass is what it was."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with process():
         placement, model = Placement(precision="bf16"), torch.nn.Linear(2, 2)
         placement.processes = 2
         placed = placement.place(model, None)  # type: ignore[arg-type]
@@ -63,8 +62,6 @@ def test_several_processes_leave_the_model_in_single_precision_where_scores_are_
         assert model(torch.ones(1, 2)).dtype == torch.float32
         with placement.autocast():
             assert placed(torch.ones(1, 2)).dtype == torch.bfloat16
-    finally:
-        dist.destroy_process_group()
 
 
 def test_half_precision_that_would_not_be_is_refused():

@@ -23,6 +23,7 @@ from luthier.ingredients.averaging.swa import SWA
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
+from tests.processes import mesh
 from tests.tiny import tiny
 
 
@@ -227,16 +228,10 @@ def test_frozen_weights_are_neither_kept_nor_touched() -> None:
 
 
 def test_sharded_weights_are_averaged_shard_by_shard() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
+    with mesh() as only:
+        sharded = distribute_tensor(torch.zeros(4), only, [Shard(0)])
         weight, _ = walk(EMA(decay=0.5, warmup=False), [1.0, 2.0, 4.0], weight=sharded)
         assert isinstance(weight, DTensor)
         assert weight.to_local().tolist() == [2.75] * 4
-    finally:
-        dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from luthier.ingredients.averaging.swa import SWA, averaged, opening
 from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
+from tests.processes import mesh
 from tests.tiny import tiny
 
 
@@ -530,26 +531,12 @@ def test_a_weight_that_is_gone_at_the_end_is_told() -> None:
         swa.finish(model, ctx)
 
 
-@contextmanager
-def one_process() -> Iterator[Any]:
-    """A mesh of one process, whose tensors are nevertheless sharded tensors."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
-
-
 def test_sharded_weights_are_averaged_shard_by_shard() -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    with one_process() as mesh:
+    with mesh() as only:
         model = Weight(torch.zeros(4))
-        model.weight = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        model.weight = nn.Parameter(distribute_tensor(torch.zeros(4), only, [Shard(0)]))
         swa = SWA(start=0.01)
         ctx, optimizer = attached(swa, model, steps=4)
         for value in (9.0, 1.0, 2.0, 6.0):  # the mean of 1, 2 and 6 is 3

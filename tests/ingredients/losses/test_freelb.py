@@ -24,6 +24,7 @@ from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import begin
+from tests.processes import parallel, process
 from tests.tiny import FAMILIES, tiny
 
 
@@ -302,17 +303,12 @@ def test_the_start_differs_between_steps_and_micro_batches_and_is_the_same_in_th
 
 
 def test_each_process_has_a_start_of_its_own() -> None:
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model = tiny("bert").double()
     starts = [passes(model, FreeLB())[0]]
     for rank in (0, 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
-        try:
+        with process(rank, of=2):
             starts.append(passes(model, FreeLB())[0])
-        finally:
-            dist.destroy_process_group()
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
@@ -344,20 +340,15 @@ def test_around_r_drop_both_of_its_passes_are_perturbed_and_their_dropout_differ
 
 
 def test_in_data_parallel_the_gradient_is_that_of_the_plain_model() -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
     free = FreeLB()
     plain, model = tiny("bert", dropout=0.5).train(), tiny("bert", dropout=0.5).train()
     loss = free.loss(own, context(free))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
+    with process():
         with torch.random.fork_rng():
-            for live in (plain, DistributedDataParallel(model, find_unused_parameters=True)):
+            for live in (plain, parallel(model)):
                 torch.manual_seed(3)
                 loss(live, batch(0)).backward()
-    finally:
-        dist.destroy_process_group()
     expected = dict(plain.named_parameters())
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name].grad)

@@ -24,6 +24,7 @@ from luthier.errors import ModelError, RecipeError
 from luthier.ingredients.losses.l2sp import L2SP, distance
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
+from tests.processes import mesh
 from tests.tiny import tiny
 
 TOY = Family(blocks="blocks", head=("head",))
@@ -289,23 +290,16 @@ def test_with_only_the_head_trainable_the_body_adds_nothing() -> None:
 
 
 def test_sharded_weights_are_pulled_alike() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+    with mesh() as only:
         model = Toy(5.0, 4.0)
         start = started(model, -3.0)
-        model.blocks[0].weight = nn.Parameter(distribute_tensor(model.w.detach(), mesh, [Shard(0)]))
-        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
+        model.blocks[0].weight = nn.Parameter(distribute_tensor(model.w.detach(), only, [Shard(0)]))
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), only, [Shard(0)]))
         loss = penalty(model, L2SP(strength=0.5, head_strength=0.25), start)(model, None)
         assert not isinstance(loss, DTensor)
         loss.backward()
         assert loss.item() == 4.25
         assert isinstance(model.w.grad, DTensor)
         assert model.w.grad.to_local().item() == 1.5
-    finally:
-        dist.destroy_process_group()

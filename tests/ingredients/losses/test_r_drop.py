@@ -21,6 +21,7 @@ from luthier.ingredients.losses.r_drop import RDrop, disagreement
 from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.quick import QuickRandom, quicken
 from luthier.run import Run, begin
+from tests.processes import parallel, process
 from tests.tiny import tiny
 
 
@@ -255,20 +256,15 @@ def test_around_a_loss_of_several_passes_the_first_of_each_are_compared() -> Non
 
 
 def test_in_data_parallel_the_gradient_is_that_of_the_plain_model() -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
+    with process():
         model, plain = tiny("bert", dropout=0.5).train(), tiny("bert", dropout=0.5).train()
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped = parallel(model)
         loss = RDrop(alpha=2.0).loss(lambda live, rows: live(**rows).loss, context())
         with torch.random.fork_rng():
-            for live in (parallel, plain):
+            for live in (wrapped, plain):
                 torch.manual_seed(3)
                 loss(live, batch(0)).backward()
-    finally:
-        dist.destroy_process_group()
     expected = dict(plain.named_parameters())
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name].grad)

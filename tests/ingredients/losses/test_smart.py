@@ -24,6 +24,7 @@ from luthier.ingredients.optimizers.mezo import MeZO
 from luthier.ingredients.surgery.mixout import Mixout
 from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import Run, begin
+from tests.processes import parallel, process
 from tests.tiny import tiny
 
 TOY = Family(blocks="blocks", embeddings=("words",), head=("head",))
@@ -350,17 +351,12 @@ def test_the_start_differs_between_steps_and_micro_batches_and_is_the_same_in_th
 
 
 def test_each_process_has_a_start_of_its_own() -> None:
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model, rows = tiny("bert").double(), batch(0)
     starts = [passes(model, SMART(), rows)[1]]
     for rank in (0, 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
-        try:
+        with process(rank, of=2):
             starts.append(passes(model, SMART(), rows)[1])
-        finally:
-            dist.destroy_process_group()
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
@@ -476,23 +472,18 @@ def test_half_precision_is_told_that_the_start_is_lost() -> None:
 
 
 def test_in_data_parallel_the_gradient_is_that_of_the_plain_model() -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
     plain, model = tiny("bert", dropout=0.5), tiny("bert", dropout=0.5)
     smart = SMART(strength=1e3, pull=1.0, beta=0.5)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
+    with process():
         with torch.random.fork_rng():
             for live, wrapped in ((plain, False), (model, True)):
                 run: Run = begin(live, [smart, PlainSGD()], learning_rate=0.1, steps=3)
-                forward = DistributedDataParallel(live, find_unused_parameters=True) if wrapped else live
+                forward = parallel(live) if wrapped else live
                 for step in range(2):
                     torch.manual_seed(step)
                     run.loss(forward, batch(step)).backward()
                     run.step()
-    finally:
-        dist.destroy_process_group()
     expected = plain.state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name])

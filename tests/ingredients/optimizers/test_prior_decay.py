@@ -27,6 +27,7 @@ from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
+from tests.processes import mesh
 from tests.tiny import tiny
 
 TOY = Family(blocks="blocks", head=("head",))
@@ -306,17 +307,10 @@ def test_weights_that_were_not_there_at_the_start_are_pulled_to_zero() -> None:
 
 
 def test_the_start_is_sharded_like_the_weight() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = distribute_tensor(torch.tensor([3.0, -1.0]), mesh, [Shard(0)])
+    with mesh() as only:
+        weight = distribute_tensor(torch.tensor([3.0, -1.0]), only, [Shard(0)])
         pull(weight, placed(torch.ones(2), weight), 0.25)
         assert isinstance(weight, DTensor)
         assert weight.to_local().tolist() == [2.5, -0.5]
-    finally:
-        dist.destroy_process_group()

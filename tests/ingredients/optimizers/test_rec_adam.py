@@ -28,6 +28,7 @@ from luthier.ingredients.settings.anneal import Anneal
 from luthier.ingredients.settings.freeze import Freeze
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
+from tests.processes import mesh
 from tests.tiny import tiny
 
 TOY = Family(blocks="blocks", head=("head",))
@@ -366,17 +367,12 @@ def test_the_plan_counts_the_body_and_what_learns_of_it_while_a_step_is_taken() 
 
 
 def test_sharded_weights_are_pulled_alike() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+    with mesh() as only:
         model, made = Toy(5.0, 4.0), RecAdam(strength=0.5, k=0.3, t0=0.5)
         start = {"blocks.0.weight": torch.full((1, 1), 2.0, dtype=torch.float64)}
-        model.blocks[0].weight = nn.Parameter(distribute_tensor(model.w.detach(), mesh, [Shard(0)]))
+        model.blocks[0].weight = nn.Parameter(distribute_tensor(model.w.detach(), only, [Shard(0)]))
         progress = Progress(10, step=4)  # step 5 of 10: lambda is 1/2
         ctx = Context(Anatomy.of(model, TOY), progress, 0, "train/rec_adam", made.touches(), Shelf(), [], start)
         inner = SGD([{"params": [model.w], "names": ("blocks.0.weight",)}], lr=0.2)
@@ -385,5 +381,3 @@ def test_sharded_weights_are_pulled_alike() -> None:
         inner.step()
         assert isinstance(model.w, DTensor)
         assert model.w.to_local().item() == pytest.approx(5 - 0.1 - 0.2 * 0.5 * 0.5 * 3, abs=1e-14)
-    finally:
-        dist.destroy_process_group()

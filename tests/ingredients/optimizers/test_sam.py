@@ -30,6 +30,7 @@ from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.neftune import NEFTune
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
+from tests.processes import mesh
 from tests.tiny import tiny
 
 
@@ -399,17 +400,10 @@ def test_a_loss_uphill_that_is_not_a_number_is_told() -> None:
 
 
 def test_sharded_weights_climb_alike() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)])
-        climb([weight], [distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)])], rho=0.5, adaptive=False)
+    with mesh() as only:
+        weight = distribute_tensor(torch.tensor([3.0, 4.0]), only, [Shard(0)])
+        climb([weight], [distribute_tensor(torch.tensor([3.0, 4.0]), only, [Shard(0)])], rho=0.5, adaptive=False)
         assert isinstance(weight, DTensor)
         assert weight.to_local().tolist() == pytest.approx([3.3, 4.4])
-    finally:
-        dist.destroy_process_group()

@@ -19,6 +19,7 @@ from luthier.ingredients.settings.freeze import Freeze
 from luthier.ingredients.surgery.neftune import NEFTune, noised, tables
 from luthier.run import Run, begin
 from luthier.testing import check_ingredient
+from tests.processes import process
 from tests.tiny import FAMILIES, tiny
 
 IDS = torch.arange(3, 35).reshape(4, 8)
@@ -285,16 +286,11 @@ def test_in_a_loop_of_ones_own_each_pass_sees_other_noise() -> None:
 
 
 def test_another_process_draws_other_noise() -> None:
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     mine, found = noise(attached()), []
     for rank in (0, 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
-        try:
+        with process(rank, of=2):
             found.append(noise(attached()))
-        finally:
-            dist.destroy_process_group()
     assert torch.equal(found[0], mine)
     assert not torch.equal(found[1], mine)
 
