@@ -19,7 +19,7 @@ from luthier.narrate import Narrator, Silent
 from luthier.recipe.recipe import Recipe
 from luthier.sources import checks
 from luthier.sources.data import digest
-from luthier.stock import Stock
+from luthier.stock import Stock, alone
 from luthier.training.job import Columns, Job, fits, prepare
 from luthier.trials import design as designs
 from luthier.trials import gather as gathering
@@ -66,7 +66,7 @@ def compare(
     """Runs every recipe with every seed, and says what the differences are worth.
 
     The folder is the truth: runs that are done are not made again, a comparison that was stopped goes on when it is called again, and a
-    second call with more recipes or seeds adds them.
+    second call with more recipes, seeds, data or models adds them.
 
     Args:
         recipes: shipped names, files or Recipes; ``NAME=RECIPE`` or a dict gives them other names.
@@ -155,7 +155,7 @@ def designed(
     say = narrator or Silent()
     desk = Desk(expanded(out))
     _refuse(desk.path)
-    before = Design.load(desk.path) if (desk.path / designs.NAME).is_file() else None
+    before = _there(desk)
     if before is not None:
         metric, against = metric or before.metric, against or before.against
     told = read(
@@ -196,10 +196,13 @@ def designed(
         if before is not None:
             if seeds is None and before.seeds[0].keys() == told.seeds[0].keys():
                 asked = dataclasses.replace(asked, seeds=before.seeds)
-            asked = asked.grown(before)
-            refuse_under_way(desk, before, asked)
+            asked = _grown(asked, before, desk)
         _check(asked, say, desk)
-        asked.save(desk.path)
+        with alone(desk.path / "locks" / "design.lock"):
+            now = _there(desk)
+            if now is not None and now != before:  # another call has added to it since
+                asked = _grown(asked, now, desk)
+            asked.save(desk.path)
     for trial in asked.trials():
         desk.forgive(trial)
     for one in searches(desk, asked):
@@ -246,6 +249,16 @@ def gather(folder: str | Path, design: Design | None = None, *, metric: str | No
     return found
 
 
+def _there(desk: Desk) -> Design | None:
+    return Design.load(desk.path) if (desk.path / designs.NAME).is_file() else None
+
+
+def _grown(asked: Design, before: Design, desk: Desk) -> Design:
+    grown = asked.grown(before)
+    refuse_under_way(desk, before, grown)
+    return grown
+
+
 @contextmanager
 def _undone(path: Path) -> Iterator[None]:
     """What is written into ``path`` inside is taken away again where that ends in an error, unless a comparison is there."""
@@ -290,7 +303,7 @@ def _settings(calls: Sequence[Call]) -> tuple[Asked, ...]:
         while free in made:
             at += 1
             free = _numbered(name, at)
-        made[free] = Asked(free, call)
+        made[free] = Asked(free, call, free if len(calls) > 1 else "")
     return tuple(made.values())
 
 

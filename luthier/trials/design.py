@@ -17,16 +17,23 @@ from luthier.recipe.text import build, read
 from luthier.trials import spaces
 
 NAME = "design.json"
-SCHEMA = 1
+SCHEMA = 2  # 1: settings had no folder
 VARIED = ("head", "order", "dropout")  # streams that can be varied apart
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One setting: a model and data, by the name that folders and tables have for it."""
+    """One setting: a model and data.
+
+    Args:
+        name: that tables have for it.
+        call: its model and data.
+        folder: in which its runs lie; empty for the one that a comparison began with alone.
+    """
 
     name: str
     call: Call
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,16 @@ class Design:
     def trial(self, setting: str, recipe: str, seeds: Mapping[str, int]) -> Trial:
         """The run of ``recipe`` in ``setting`` with ``seeds``."""
         which = "-".join(f"{stream}{number}" for stream, number in seeds.items())
-        inside = f"{setting}/" if len(self.settings) > 1 else ""
-        return Trial(setting, recipe, tuple(seeds.items()), f"{inside}{recipe}-{which}")
+        return Trial(setting, recipe, tuple(seeds.items()), f"{self.filed(setting, recipe)}-{which}")
+
+    def filed(self, setting: str, recipe: str) -> str:
+        """What names of files begin with that belong to ``recipe`` in ``setting``."""
+        folder = self.asked(setting).folder
+        return f"{folder}/{recipe}" if folder else recipe
+
+    def asked(self, setting: str) -> Asked:
+        """The setting of that name."""
+        return next(asked for asked in self.settings if asked.name == setting)
 
     def recipe(self, trial: Trial) -> Recipe:
         """The recipe of ``trial``, with its seeds.
@@ -98,7 +113,7 @@ class Design:
 
     def call(self, trial: Trial) -> Call:
         """The model and data of ``trial``."""
-        return next(asked.call for asked in self.settings if asked.name == trial.setting)
+        return self.asked(trial.setting).call
 
     def save(self, folder: Path) -> None:
         """Writes design.json into ``folder``, whole or not at all."""
@@ -127,7 +142,8 @@ class Design:
     def grown(self, before: Design) -> Design:
         """This design with the recipes, seeds and settings that ``before`` has beyond it, so that no run that was made is lost.
 
-        Settings can be added where there were several: the runs of one alone lie elsewhere.
+        Settings can be added where there were several, or where the one that was there is asked for too: another one alone is more
+        likely a slip. Streams that vary have a full grid over all their numbers.
 
         Raises:
             LuthierError: a recipe of the same name means another run, model and data are others, or the metric is another one than runs
@@ -156,9 +172,10 @@ class Design:
             now, then = (one.metric or "the task's own" for one in (self, before))
             must = "must be what it was when this comparison began, as runs were chosen by it"
             faults.append(Fault("--metric", must, now, f"It was {then}; choose another --out."))
-        there = {asked.name: asked for asked in before.settings}
-        new = tuple(asked for asked in self.settings if asked.name not in there)
-        if any(there.get(asked.name, asked) != asked for asked in self.settings) or (new and len(there) == 1):
+        calls = [asked.call for asked in before.settings]
+        new = tuple(replace(asked, folder=asked.name) for asked in self.settings if asked.call not in calls)
+        slip = len(calls) == 1 and len(new) == len(self.settings)
+        if slip or {asked.name for asked in new} & {asked.name for asked in before.settings}:
             do = f"It was {_told(before.settings)}; choose another --out."
             faults.append(
                 Fault("data and model", "must be what it was when this comparison began", _told(self.settings), do)
@@ -172,10 +189,12 @@ class Design:
             faults.append(Fault("--vary", "must be what it was when this comparison began", do="Choose another --out."))
         if faults:
             raise LuthierError.of(faults, "the comparison that is there")
-        seeds = [*before.seeds, *(one for one in self.seeds if one not in before.seeds)]
+        numbers = dict.fromkeys(number for one in (*before.seeds, *self.seeds) for number in one.values())
+        grid = spread(list(numbers), [stream for stream in before.seeds[0] if stream != "seed"])
+        seeds = (*before.seeds, *(one for one in grid if one not in before.seeds))
         more = {**self.more, **({"search": search} if search else {})}
         recipes = {**before.recipes, **self.recipes}
-        return replace(self, recipes=recipes, settings=(*before.settings, *new), seeds=tuple(seeds), more=more)
+        return replace(self, recipes=recipes, settings=(*before.settings, *new), seeds=seeds, more=more)
 
 
 def _meant(recipe: Mapping[str, Any]) -> dict[str, Any]:

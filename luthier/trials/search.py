@@ -46,7 +46,7 @@ class Search:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.setting}/{self.recipe}" if len(self.design.settings) > 1 else self.recipe
+        return self.design.filed(self.setting, self.recipe)
 
     @property
     def budget(self) -> dict[str, Any]:

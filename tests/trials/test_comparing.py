@@ -18,14 +18,16 @@ from luthier.errors import LuthierError
 from luthier.narrate import Silent
 from luthier.outputs import keep, kept
 from luthier.statistics.exact import mcnemar
+from luthier.trials import comparing
 from luthier.trials import gather as gathering
 from luthier.trials import work as workshop
-from luthier.trials.comparing import compare
+from luthier.trials.comparing import compare, designed
 from luthier.trials.design import Design
 from luthier.trials.desk import Desk
 from luthier.trials.gather import gather
 from luthier.trials.watch import Watch
 from tests.little import recipe, same, sentences, weights
+from tests.tinyfolder import tiny_folder
 
 BASE = [{"anneal": {"warmup": 0.2}}, "adamw", "clip"]
 FT = dataclasses.replace(recipe(BASE, steps=6), name="ft")
@@ -376,10 +378,52 @@ def test_settings_are_added_where_there_were_several(tiny_model, data, tmp_path,
     assert [setting.name for setting in grown.settings] == ["d0", "d1", "d2"]
     again = compare([LP], model=tiny_model, data=files[1:], out=out, seeds=1)
     assert len(begun) == 1 and again.settings == grown.settings
-    alone = tmp_path / "alone"
-    compare([LP], model=tiny_model, data=files[0], out=alone, seeds=1)
-    with pytest.raises(LuthierError, match="data and model  must be"):
-        compare([LP], model=tiny_model, data=files, out=alone, seeds=1)
+
+
+def test_a_comparison_on_one_model_and_data_grows_by_others_and_keeps_its_runs(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    files = [str(tmp_path / "rows.csv"), str(tmp_path / "more" / "rows.csv"), str(tmp_path / "third.csv")]
+    for at, file in enumerate(files):
+        sentences(60, seed=at).to_csv(file, index=False)
+    other = tiny_folder(tmp_path / "other", dropout=0.0)
+    out, asked = (
+        tmp_path / "out",
+        {"seeds": 1, "search": ["stages.finetune.lr=one:1e-3,2e-3"], "budget": 2, "metric": "nll"},
+    )
+    real, begun = workshop.fit, []
+    monkeypatch.setattr(workshop, "fit", lambda *a, **k: begun.append(str(k["out"])) or real(*a, **k))
+    compare([FT], model=tiny_model, data=files[0], out=out, **asked)
+    assert len(begun) == 3  # two of the search
+    for slip in (files[1], files[1:]):
+        with pytest.raises(LuthierError, match="data and model  must be"):
+            compare([FT], model=tiny_model, data=slip, out=out, **asked)
+    grown = compare([FT], model=[tiny_model, other], data=files[:2], out=out, **asked)
+    assert len(begun) == 12 and len(list(out.rglob("report.json"))) == 12
+    assert grown.settings[0].name == "rows" and len({one.name for one in grown.settings}) == 4
+    assert (out / "runs" / "ft-seed0" / "report.json").is_file() and (out / "search" / "ft.json").is_file()
+    again = compare([FT], model=other, data=files[2], out=out, **asked)
+    assert len(begun) == 15 and len(again.settings) == 5
+    compare([FT], model=tiny_model, data=files[0], out=out, **asked)
+    assert len(begun) == 15
+
+
+def test_two_calls_at_once_lose_nothing_of_each_other(tiny_model, data, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", comparing._check
+
+    def check(design: Design, *rest) -> None:
+        real(design, *rest)
+        monkeypatch.setattr(comparing, "_check", real)  # while this one checks, another call comes and goes
+        designed([LP], model=tiny_model, data=data, out=out, seeds=2)
+
+    monkeypatch.setattr(comparing, "_check", check)
+    asked = designed([FT], model=tiny_model, data=data, out=out, seeds=[0, 7])
+    assert asked == Design.load(out) and list(asked.recipes) == ["lp", "ft"]
+    assert asked.seeds == ({"seed": 0}, {"seed": 1}, {"seed": 7})
+    monkeypatch.setattr(comparing, "_check", lambda design, *rest: check(design, *rest))
+    again = dataclasses.replace(FT, max_length=12, name="lp")
+    with pytest.raises(LuthierError, match="lp  must be the recipe it was"):
+        designed([again], model=tiny_model, data=data, out=out)
+    assert Design.load(out) == asked
 
 
 def test_nothing_is_claimed_on_the_split_that_a_recipe_chose_by(tiny_model, tmp_path):
@@ -454,5 +498,9 @@ def test_streams_vary_apart(tiny_model, data, tmp_path, monkeypatch):
     level = next(one for one in gather(tmp_path / "out").levels if (one.recipe, one.split) == ("ft", "test"))
     assert level.failed == tuple(f"ft-head{h}-order{o}" for h, o in test)
     assert all(name in level.sentence for name in level.failed)
+    more = designed([LP], model=tiny_model, data=data, out=tmp_path / "out", **{**asked, "seeds": [0, 5]})
+    pairs = [tuple(one.values()) for one in more.seeds]
+    assert set(pairs) == {(head, order) for head in (0, 1, 5) for order in (0, 1, 5)}  # a full grid still
+    assert pairs[:4] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(pairs) == 9
     solved = [luthier.Report.load(runs / f"lp-head{h}-order0").metrics["test"] for h in (0, 1)]
     assert solved[0]["n"] == solved[1]["n"]

@@ -37,7 +37,12 @@ def written(folder, budget, *, metric="accuracy", space="log:1e-5:1e-2", setting
     names = ["data", "other"][:settings]
     more = {"search": {"spaces": {"ft": {RATE: space}}, "budget": budget}}
     design = Design(
-        {"ft": FT.to_dict()}, tuple(Asked(name, Call()) for name in names), ({"seed": 0},), metric, None, more
+        {"ft": FT.to_dict()},
+        tuple(Asked(name, Call(), name if len(names) > 1 else "") for name in names),
+        ({"seed": 0},),
+        metric,
+        None,
+        more,
     )
     design.save(folder)
     return Search(Desk(folder), design, "data", "ft")
