@@ -217,6 +217,8 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
     if not found:
         return Fault(change, "must be PATH=VALUE, such as stages.1.lr=3e-5")
     *steps, last = path.strip().split(".")
+    if meant := _in_stages(plain, path.strip().removeprefix("stages.")):
+        return Fault(path, "must say where it stands", do=f"Did you mean {' or '.join(meant)}?")
     here: Any = plain
     if steps and steps[0] in _mappings() and plain.get(steps[0]) is None:
         plain[steps[0]] = {}
@@ -239,6 +241,30 @@ def _change(plain: dict[str, Any], change: str) -> Fault | None:
             del here[key]
     here[name] = known
     return None
+
+
+def _in_stages(plain: Mapping[str, Any], path: str) -> list[str]:
+    """Whole paths of what ``path`` begins with, where that is no field of a recipe but of its stages or their ingredients."""
+    first, *rest = path.split(".")
+    if first in _fields(Recipe):
+        return []
+    found = []
+    stages = plain.get("stages")
+    for stage, own in zip(_names(stages), stages if isinstance(stages, list) else (), strict=True):
+        if stage == first or not isinstance(own, dict):
+            return []
+        if not rest and ALIASES.get(first, first) in _fields(Stage):
+            found.append(f"stages.{stage}.{path}")
+        for name in _names(own.get("ingredients")):
+            if name == first and rest:
+                found.append(f"stages.{stage}.{path}")
+            elif not rest and name in registry.INGREDIENTS and first in _fields(registry.find(name)):
+                found.append(f"stages.{stage}.{name}.{path}")
+    return found
+
+
+def _fields(kind: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _mappings() -> set[str]:
@@ -295,7 +321,8 @@ def _known(here: Any, step: str) -> str:
 def _whole(here: list[Any], steps: list[str], last: str, value: str) -> str:
     """How a list that ``last`` should stand in is given: with all its items."""
     if steps[-1] == "stages":
-        return f"Name a value of the stage, such as {'.'.join(steps)}.{last}.lr=3e-5."
+        which = last if _below(here, last) is not None else _names(here)[0]
+        return f"Name a value of a stage, such as stages.{which}.lr=3e-5."
     items, item = list(here), parse(value, inside=value)
     if _NUMBER.fullmatch(last) and -len(items) <= int(last) < len(items):
         items[int(last)] = item
