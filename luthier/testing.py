@@ -24,7 +24,8 @@ from luthier.core.ingredient import Ingredient
 from luthier.observe import STEPS, Observed, batch, begin, observe, stage, step
 from luthier.planning.compose import compose, skeleton
 from luthier.recipe import registry
-from luthier.recipe.text import build, parse, write
+from luthier.recipe.text import build, write
+from luthier.recipe.values import parse
 
 __all__ = ["check_ingredient", "tiny_model"]
 

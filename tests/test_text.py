@@ -11,7 +11,8 @@ import luthier
 from luthier.errors import RecipeError
 from luthier.recipe.schema import schema
 from luthier.recipe.shipped import names
-from luthier.recipe.text import build, parse, read, write
+from luthier.recipe.text import build, read, write
+from luthier.recipe.values import parse
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from luthier.errors import LuthierError
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 RandomStream = Literal["head", "order", "dropout", "split"]
+ALIASES = {"lr": "learning_rate", "num_train_epochs": "epochs", "max_steps": "steps"}  # other names of a stage's fields
 
 
 @ingredient

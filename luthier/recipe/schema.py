@@ -7,8 +7,7 @@ from typing import Any
 import pydantic
 
 from luthier.recipe import registry
-from luthier.recipe.recipe import Recipe, Stage
-from luthier.recipe.text import ALIASES
+from luthier.recipe.recipe import ALIASES, Recipe, Stage
 
 
 def schema() -> dict[str, Any]:

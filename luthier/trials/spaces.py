@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from luthier.errors import Fault, LuthierError, did_you_mean
 from luthier.recipe import text as recipe_text
+from luthier.recipe import values as yaml_values
+from luthier.recipe.changes import place
 from luthier.recipe.recipe import Recipe
 
 KINDS = "log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH[:STEP] or one:A,B,C"
@@ -85,7 +87,7 @@ def parse(told: str) -> Space:
 
 
 def _one(told: str, rest: str) -> Space:
-    choices = recipe_text.parse(f"[{rest}]", inside=told)
+    choices = yaml_values.parse(f"[{rest}]", inside=told)
     if len({json.dumps(each) for each in choices}) < max(2, len(choices)):
         raise LuthierError.of([Fault(told, "must name two or more values, each once")], "the space")
     return Space("one", choices=tuple(choices))
@@ -113,7 +115,7 @@ def asked(given: Sequence[str], recipes: Mapping[str, Recipe]) -> dict[str, dict
         if colon and name not in recipes:
             faults.append(Fault(where, "must begin with a recipe's name", name, did_you_mean(name, recipes)))
             continue
-        places = {own: recipe_text.place(plain[own], path) for own in ([name] if colon else recipes)}
+        places = {own: place(plain[own], path) for own in ([name] if colon else recipes)}
         if not any(places.values()):
             faults.append(
                 Fault(where, "must name a value that a recipe has", path, _hint(recipes[next(iter(places))], path))
@@ -125,10 +127,10 @@ def asked(given: Sequence[str], recipes: Mapping[str, Recipe]) -> dict[str, dict
         except LuthierError as error:
             faults += [dataclasses.replace(fault, where=where) for fault in error.faults]
             continue
-        for own, place in places.items():
-            if place is None:
+        for own, found_at in places.items():
+            if found_at is None:
                 continue
-            holder, key = place
+            holder, key = found_at
             which = (own, id(holder), {"epochs": "steps"}.get(key, key))
             if which in taken:
                 faults.append(Fault(where, f"must be searched once in {own}"))

@@ -408,18 +408,18 @@ def test_a_comparison_on_one_model_and_data_grows_by_others_and_keeps_its_runs(t
 
 
 def test_two_calls_at_once_lose_nothing_of_each_other(tiny_model, data, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", comparing._check
+    out, real = tmp_path / "out", comparing.check
 
     def check(design: Design, *rest) -> None:
         real(design, *rest)
-        monkeypatch.setattr(comparing, "_check", real)  # while this one checks, another call comes and goes
+        monkeypatch.setattr(comparing, "check", real)  # while this one checks, another call comes and goes
         designed([LP], model=tiny_model, data=data, out=out, seeds=2)
 
-    monkeypatch.setattr(comparing, "_check", check)
+    monkeypatch.setattr(comparing, "check", check)
     asked = designed([FT], model=tiny_model, data=data, out=out, seeds=[0, 7])
     assert asked == Design.load(out) and list(asked.recipes) == ["lp", "ft"]
     assert asked.seeds == ({"seed": 0}, {"seed": 1}, {"seed": 7})
-    monkeypatch.setattr(comparing, "_check", lambda design, *rest: check(design, *rest))
+    monkeypatch.setattr(comparing, "check", lambda design, *rest: check(design, *rest))
     again = dataclasses.replace(FT, max_length=12, name="lp")
     with pytest.raises(LuthierError, match="lp  must be the recipe it was"):
         designed([again], model=tiny_model, data=data, out=out)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.errors import LuthierError
-from luthier.recipe.text import place, read
+from luthier.recipe.changes import place
+from luthier.recipe.text import read
 from luthier.trials import budget
 from luthier.trials.spaces import Space, asked, changes, grown, parse
 from tests.little import recipe

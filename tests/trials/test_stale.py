@@ -89,7 +89,7 @@ def test_stopped_while_all_is_checked_it_leaves_nothing_behind(tiny_model, tmp_p
     def asked(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparing, "_check", asked)
+    monkeypatch.setattr(comparing, "check", asked)
     with pytest.raises(KeyboardInterrupt):
         designed([ONE], model=tiny_model, data=sentences(), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
