@@ -59,43 +59,10 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
             where a step is replaced, have several processes where weights rest or several GPUs in one, or stop at another step; all told at
             once.
     """
-    faults = []
-    if args.max_grad_norm:
-        faults.append(
-            Fault(
-                "args.max_grad_norm",
-                "must be 0, as it would clip before the run's own gradient ingredients",
-                str(args.max_grad_norm),
-                f"Put Clip({args.max_grad_norm}) among the ingredients.",
-            )
-        )
-    if args.label_smoothing_factor:
-        must, do = "must be 0, as the run's own loss takes its place", "Put LabelSmoothing among the ingredients."
-        faults.append(Fault("args.label_smoothing_factor", must, str(args.label_smoothing_factor), do))
-    if args.neftune_noise_alpha and any(entry.name == "neftune" for entry in run.plan.entries):
-        must = "must be None, as the run's neftune makes noise already"
-        faults.append(Fault("args.neftune_noise_alpha", must, str(args.neftune_noise_alpha)))
-    replaced = hasattr(run.optimizer, "offer")
-    if replaced and args.gradient_accumulation_steps > 1:
-        must = "must be 1, as the run replaces the step"
-        faults.append(Fault("args.gradient_accumulation_steps", must, str(args.gradient_accumulation_steps)))
-    half = args.fp16 or getattr(args, "mixed_precision", "") == "fp16"  # the latter by accelerate's launcher
-    if replaced and half:
-        must = "must be off, as the run replaces the step and the Trainer's gradient scaler does not see it"
-        faults.append(Fault("args.fp16", must, "fp16", "Take bf16=True, or single precision."))
-    if args.world_size > 1 and run._resting and not _forward_only(run):
-        must = "must be 1, as weights that wake later would learn on each process by itself"
-        got = f"{args.world_size}, and {len(run._resting)} weights rest, such as {run._resting[0].name}"
-        faults.append(Fault("args.world_size", must, got, "Drop what lets them rest (thaw, lisa)."))
-    if args.n_gpu > 1:
-        must = "must be 1, as the Trainer would copy the model to each GPU in every step"
-        do = "Start a process for each GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0."
-        faults.append(Fault("args.n_gpu", must, str(args.n_gpu), do))
-    if args.max_steps > 0 and args.max_steps != run.plan.steps:
-        faults.append(Fault("args.max_steps", f"must be the run's {run.plan.steps}", str(args.max_steps)))
-    if faults:
+    if faults := _faults(run, args):
         raise ConflictError.of(faults, "TrainingArguments")
 
+    replaced = _replaces(run)
     keeper = _Keeper(run)
 
     class RunTrainer(transformers.Trainer):
@@ -151,6 +118,50 @@ def parts(run: Run, args: transformers.TrainingArguments) -> Parts:
             return mean
 
     return Parts(RunTrainer, (run.optimizer, run.schedule), [keeper])
+
+
+def _faults(run: Run, args: transformers.TrainingArguments) -> list[Fault]:
+    """What ``args`` would do again, or otherwise than the run."""
+    faults = []
+    if args.max_grad_norm:
+        faults.append(
+            Fault(
+                "args.max_grad_norm",
+                "must be 0, as it would clip before the run's own gradient ingredients",
+                str(args.max_grad_norm),
+                f"Put Clip({args.max_grad_norm}) among the ingredients.",
+            )
+        )
+    if args.label_smoothing_factor:
+        must, do = "must be 0, as the run's own loss takes its place", "Put LabelSmoothing among the ingredients."
+        faults.append(Fault("args.label_smoothing_factor", must, str(args.label_smoothing_factor), do))
+    if args.neftune_noise_alpha and any(entry.name == "neftune" for entry in run.plan.entries):
+        must = "must be None, as the run's neftune makes noise already"
+        faults.append(Fault("args.neftune_noise_alpha", must, str(args.neftune_noise_alpha)))
+    replaced = _replaces(run)
+    if replaced and args.gradient_accumulation_steps > 1:
+        must = "must be 1, as the run replaces the step"
+        faults.append(Fault("args.gradient_accumulation_steps", must, str(args.gradient_accumulation_steps)))
+    half = args.fp16 or getattr(args, "mixed_precision", "") == "fp16"  # the latter by accelerate's launcher
+    if replaced and half:
+        must = "must be off, as the run replaces the step and the Trainer's gradient scaler does not see it"
+        faults.append(Fault("args.fp16", must, "fp16", "Take bf16=True, or single precision."))
+    if args.world_size > 1 and run._resting and not _forward_only(run):
+        must = "must be 1, as weights that wake later would learn on each process by itself"
+        got = f"{args.world_size}, and {len(run._resting)} weights rest, such as {run._resting[0].name}"
+        faults.append(Fault("args.world_size", must, got, "Drop what lets them rest (thaw, lisa)."))
+    if args.n_gpu > 1:
+        must = "must be 1, as the Trainer would copy the model to each GPU in every step"
+        do = "Start a process for each GPU (torchrun), or set CUDA_VISIBLE_DEVICES=0."
+        faults.append(Fault("args.n_gpu", must, str(args.n_gpu), do))
+    if args.max_steps > 0 and args.max_steps != run.plan.steps:
+        faults.append(Fault("args.max_steps", f"must be the run's {run.plan.steps}", str(args.max_steps)))
+    return faults
+
+
+def _replaces(run: Run) -> bool:
+    """Whether an ingredient has a step of its own in the place of backward pass and optimizer step."""
+    return hasattr(run.optimizer, "offer")
 
 
 def _forward_only(run: Run) -> bool:
