@@ -49,6 +49,18 @@ def test_a_constant_prediction_has_no_correlation():
     assert told["spearman"] is None
 
 
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=30)
+def test_correlations_are_scipys_with_and_without_ties(seed, ties):
+    from scipy import stats
+
+    draw = np.random.default_rng(seed)
+    one, other = draw.normal(size=(2, 40)) if not ties else draw.integers(0, 5, size=(2, 40)).astype(np.float64)
+    other = other + 0.5 * one + 1000
+    assert evaluate.pearson(one, other) == pytest.approx(stats.pearsonr(one, other).statistic, abs=1e-10)
+    assert evaluate.spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic, abs=1e-12)
+
+
 def test_the_confusion_matrix_has_true_rows_and_predicted_columns():
     assert confusion(logits_of([0, 2, 2]), np.array([0, 1, 2])).tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
 

@@ -124,7 +124,7 @@ def _score(out: Outputs, metric: str) -> float:
     """Larger is better; nan where the metric is not defined."""
     if metric in ROWS:
         return float(ROWS[metric](out).mean())
-    score = _SCORES[metric](out) if metric in _SCORES else evaluate.regression(out.logits[:, 0], out.targets)[metric]
+    score = _SCORES[metric](out)
     return math.nan if score is None else float(score if HIGHER_IS_BETTER[metric] else -score)
 
 
@@ -148,10 +148,13 @@ def _gap(out: Outputs) -> Array:
 
 # Metrics that are means over rows: of each row, larger is better.
 ROWS: dict[str, Callable[[Outputs], Array]] = {"accuracy": _right, "nll": _likelihood, "brier": _square, "mae": _gap}
-_SCORES: dict[str, Callable[[Outputs], float]] = {
+_SCORES: dict[str, Callable[[Outputs], float | None]] = {
     "f1_macro": lambda out: evaluate.f1_macro(out.logits.argmax(axis=1), out.targets),
     "mcc": lambda out: evaluate.mcc(out.logits.argmax(axis=1), out.targets),
     "ece": lambda out: ece(out.logits, out.targets),
+    "rmse": lambda out: evaluate.rmse(out.logits[:, 0], out.targets),
+    "pearson": lambda out: evaluate.pearson(out.logits[:, 0], out.targets),
+    "spearman": lambda out: evaluate.spearman(out.logits[:, 0], out.targets),
 }
 
 
