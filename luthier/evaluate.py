@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core.calibration import accuracy_at, aurc, bootstrap, ece_equal_mass, risk_coverage
 from luthier.core.scores import HIGHER_IS_BETTER, Array, Bin, brier, ece, mce, nll, reliability, softmax
+from luthier.core.trust import accuracy_at, aurc, bootstrap, ece_equal_mass, risk_coverage
 from luthier.errors import DataError, Fault
 
 __all__ = ["HIGHER_IS_BETTER", "Bin", "classification", "confusion", "mistakes", "regression", "reliability"]

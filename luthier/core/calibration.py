@@ -1,4 +1,4 @@
-"""Calibration beyond one temperature, and what it is for: scores with intervals, repairs, prediction sets, abstention.
+"""Calibration beyond one temperature: what reads logits otherwise than they are, and what it gains on rows it has not seen.
 
 Pure functions of arrays in double precision. n is the number of rows (at least one), k the number of classes.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.core.scores import BINS, Array, log_softmax, nll, softmax
+from luthier.core.scores import Array, log_softmax, nll, softmax
 
 if TYPE_CHECKING:
     from luthier.core.ingredient import Outputs
@@ -32,79 +31,6 @@ def unfit(split: Outputs | None) -> str:
     if not np.isfinite(split.logits).all():
         return "needs logits that are finite numbers; some are not"
     return ""
-
-
-# Scores
-
-
-def ece_equal_mass(logits: Array, labels: Array, bins: int = BINS) -> float:
-    """Expected calibration error over bins that hold equally many rows: sum_m |B_m| / n * |accuracy(B_m) - confidence(B_m)|.
-
-    Rows are put in the order of their confidence and cut into ``bins`` pieces whose sizes differ by at most one, the larger ones
-    first. Rows of one confidence count their mean accuracy each, so that the order of the rows does not matter.
-
-    Args:
-        logits: shape (n, k).
-        labels: shape (n,), class numbers.
-        bins: with fewer rows than that, each row is a bin.
-    Returns:
-        a share, in [0, 1].
-    Source: Nguyen, O'Connor, EMNLP 2015 (arXiv:1508.05154): bins of equal mass.
-    Differs: they score each class' probability with a root mean square and bins of a given size; here it is the winner's
-        confidence, the mean gap and a given number of bins, so that it compares with ``scores.ece``. Ties are ours.
-    """
-    likely = softmax(logits)
-    confidence = likely.max(axis=1)
-    right = _within_ties(confidence, likely.argmax(axis=1) == labels)
-    order = np.argsort(confidence, kind="stable")
-    gaps = (right - confidence)[order]
-    return float(sum(abs(piece.sum()) for piece in np.array_split(gaps, min(bins, len(gaps)))) / len(gaps))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A score of the rows at hand, and where most resamples of them lie."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    logits: Array, labels: Array, *, resamples: int = 1000, level: float = 0.95, seed: int = 0, bins: int = BINS
-) -> dict[str, Interval]:
-    """Percentile intervals of ``ece``, ``nll`` (nats) and ``brier``: n rows drawn with replacement, scored, ``resamples`` times.
-
-    All three are scored on the same draws. The interval tells how much the scores depend on which rows were held out, not on the
-    training. It is honest for nll and brier, which are means over rows. The ECE of few rows is too large by the noise of its bins,
-    and each resample adds that noise once more: its interval lies too high, and may lie wholly above a small ``value``.
-
-    Args:
-        logits: shape (n, k).
-        labels: shape (n,), class numbers.
-        level: share of the resamples inside, in (0, 1).
-        seed: the draws' own; no global generator is used.
-        bins: of the ECE, equal in width as in ``scores.ece``.
-    Source: Efron, Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    Differs: nothing; quantiles between two resamples are interpolated linearly.
-    """
-    n = len(labels)
-    likely, rows = softmax(logits), np.arange(n)
-    confidence, lost = likely.max(axis=1), -log_softmax(logits)[rows, labels]
-    gap = (likely.argmax(axis=1) == labels) - confidence
-    number = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    likely[rows, labels] -= 1.0
-    square = np.square(likely).sum(axis=1)
-
-    def scored(chosen: Array) -> tuple[float, float, float]:
-        held = np.bincount(number[chosen], gap[chosen], minlength=bins)
-        return float(np.abs(held).sum() / n), float(lost[chosen].mean()), float(square[chosen].mean())
-
-    draw = np.random.default_rng(seed)
-    drawn = np.array([scored(draw.integers(0, n, n)) for _ in range(resamples)])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    made = zip(("ece", "nll", "brier"), scored(rows), low, high, strict=True)
-    return {name: Interval(value, float(least), float(most)) for name, value, least, most in made}
 
 
 def held_out_nll(
@@ -142,9 +68,6 @@ def held_out_nll(
         repair = fit(logits[~out], labels[~out])
         total += nll(repair(logits[out]), labels[out]) * int(out.sum())
     return total / n
-
-
-# Repairs
 
 
 @dataclass(frozen=True)
@@ -243,129 +166,3 @@ def through(tables: Sequence[Table], likely: Array) -> Array:
 def through_logits(tables: Sequence[Table], logits: Array) -> Array:
     """log q with q = ``through(tables, softmax(z))``, shape (n, k); a q of 0 counts as the smallest normal number, 2.2e-308."""
     return np.asarray(np.log(np.maximum(through(tables, softmax(logits)), np.finfo(np.float64).tiny)))
-
-
-# Prediction sets
-
-
-def conformal_scores(likely: Array, how: Literal["lac", "aps"], *, chance: Array | None = None) -> Array:
-    """How badly each class fits its row, shape (n, k), in [0, 1].
-
-    ``lac``: 1 - p_ik. ``aps``: the classes from the likeliest down to k, summed: sum of p_ij over j before k, plus u_i p_ik.
-    Among equal probabilities the lower class number comes first.
-
-    Args:
-        likely: shape (n, k), probabilities.
-        chance: u of ``aps``, shape (n,), in [0, 1]: drawn evenly, sets are as small as they may be and can be empty; None is 1.
-    Source: ``lac``: Sadinle, Lei, Wasserman, JASA 2019 (arXiv:1609.00451). ``aps``: Romano, Sesia, Candes, NeurIPS 2020
-        (arXiv:2006.02544).
-    Differs: sets are ``score <= threshold`` for both, so that one threshold rule serves; ``aps`` is not random unless asked.
-    """
-    if how == "lac":
-        return np.asarray(1.0 - likely)
-    order = np.argsort(-likely, axis=1, kind="stable")
-    ranked = np.take_along_axis(likely, order, axis=1)
-    reached = np.cumsum(ranked, axis=1)
-    reached[:, -1] = 1.0  # whatever rounding made of it: the last class completes the sum
-    if chance is not None:
-        before = np.concatenate([np.zeros((len(likely), 1)), reached[:, :-1]], axis=1)
-        reached = before + chance[:, None] * (reached - before)
-    scores = np.empty_like(reached)
-    np.put_along_axis(scores, order, reached, axis=1)
-    return scores
-
-
-def conformal_threshold(scores: Array, alpha: float) -> float:
-    """The ceil((n + 1)(1 - alpha))-th smallest score: the quantile at level ceil((n + 1)(1 - alpha)) / n.
-
-    A new row that is exchangeable with these has a score at or below it with a chance of at least 1 - alpha, and of at most
-    1 - alpha + 1 / (n + 1) when no two scores are alike: over the draw of these rows and the new one together.
-
-    Args:
-        scores: shape (n,), of each row's true class.
-        alpha: share of sets that may miss, read as the decimal number it is written as.
-    Returns:
-        infinity where (n + 1) alpha < 1: so few rows allow no miss, and every set is full.
-    Source: Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005; Lei et al., JASA 2018 (arXiv:1604.04173).
-    Differs: nothing.
-    """
-    n = len(scores)
-    rank = n + 1 - _whole((n + 1) * _decimal(alpha))
-    if rank < 1:
-        return -float("inf")
-    return float(np.partition(scores, rank - 1)[rank - 1]) if rank <= n else float("inf")
-
-
-def coverage_range(n: int, alpha: float, level: float = 0.9) -> tuple[float, float]:
-    """Where the coverage on endless new rows lies for a share ``level`` of all draws of the n rows that gave the threshold.
-
-    For scores without ties the coverage has the distribution Beta(n + 1 - l, l), l = floor((n + 1) alpha).
-
-    Returns:
-        (low, high), shares; (1, 1) where every set is full.
-    Source: Vovk, Conditional validity of inductive conformal predictors, ACML 2012 (arXiv:1209.2673).
-    Differs: nothing.
-    """
-    from scipy.stats import beta
-
-    missed = _whole((n + 1) * _decimal(alpha))
-    if not missed:
-        return 1.0, 1.0
-    low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - missed, missed)
-    return float(low), float(high)
-
-
-# Abstention
-
-
-def risk_coverage(confidence: Array, losses: Array) -> tuple[Array, Array]:
-    """The mean loss of the m surest rows against their share m / n, for m = 1 ... n.
-
-    Among rows of one confidence none is surer: each counts their mean loss, which is the mean over all orders of them.
-
-    Args:
-        confidence: shape (n,), any number that is larger for what is surer.
-        losses: shape (n,), such as 1 where the prediction is wrong.
-    Returns:
-        coverage and risk, each of shape (n,).
-    Source: El-Yaniv, Wiener, JMLR 2010; Geifman, El-Yaniv, NeurIPS 2017 (arXiv:1705.08500).
-    Differs: ties are ours.
-    """
-    order, count = np.argsort(-confidence, kind="stable"), np.arange(1, len(losses) + 1)
-    return count / len(losses), np.cumsum(_within_ties(confidence, losses)[order]) / count
-
-
-def aurc(confidence: Array, losses: Array) -> float:
-    """Area under the risk-coverage curve: the mean of the risk at coverages 1/n ... 1, in the unit of the losses.
-
-    Source: Geifman, Uziel, El-Yaniv, ICLR 2019 (arXiv:1805.08206).
-    Differs: ties are ours, see ``risk_coverage``.
-    """
-    return float(risk_coverage(confidence, losses)[1].mean())
-
-
-def accuracy_at(confidence: Array, right: Array, coverages: Sequence[float]) -> tuple[float, ...]:
-    """The accuracy of the ceil(c n) surest rows for each coverage c in (0, 1], read as the decimal number it is written as.
-
-    Args:
-        confidence: shape (n,).
-        right: shape (n,), whether the prediction is right.
-    """
-    risk = risk_coverage(confidence, 1.0 - np.asarray(right, dtype=np.float64))[1]
-    return tuple(float(1 - risk[-_whole(-_decimal(share) * len(risk)) - 1]) for share in coverages)
-
-
-def _within_ties(keys: Array, values: Array) -> Array:
-    """Each value replaced by the mean of those with its key."""
-    _, group = np.unique(keys, return_inverse=True)
-    return np.asarray((np.bincount(group, values) / np.bincount(group))[group])
-
-
-def _decimal(number: float) -> Fraction:
-    """0.1 as one tenth, so that ranks do not depend on how a float is rounded."""
-    return Fraction(str(float(number)))
-
-
-def _whole(number: Fraction) -> int:
-    """The largest whole number that is not above it."""
-    return number.numerator // number.denominator

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from luthier.core.calibration import Table
 from luthier.core.claims import Claim
 from luthier.core.closure import LossFn
+from luthier.core.conformal import Sets
 from luthier.core.context import Context
 from luthier.core.faults import faults_of
 from luthier.core.stream import Stream
@@ -52,6 +53,7 @@ class Findings:
         scale: factor on the logits, shape () or (classes,), that the predictions should be read with; None leaves them as they are.
         shift: added after ``scale``.
         table: for each class the points (x, y) of a rising curve; the probabilities are read through them and normalised.
+        sets: of the classes that cannot be ruled out; they are beside the prediction, and change nothing of it.
         notes: sentences for the report.
     """
 
@@ -59,13 +61,17 @@ class Findings:
     scale: tuple[float, ...] | None = None
     shift: tuple[float, ...] | None = None
     table: tuple[Table, ...] | None = None
+    sets: Sets | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Findings:
-        """What changes predictions, as a report's ``calibration`` tells it."""
+        """What changes predictions, or stands beside them, as a report's ``calibration`` tells it."""
         scale, shift = (None if told.get(name) is None else tuple(told[name]) for name in ("scale", "shift"))
-        return cls(scale=scale, shift=shift, table=told.get("table"))
+        held = told.get("sets")
+        full = float("inf")  # no number of JSON
+        sets = held and Sets(held["score"], full if held["threshold"] is None else held["threshold"])
+        return cls(scale=scale, shift=shift, table=told.get("table"), sets=sets or None)
 
     @property
     def changes(self) -> bool:
@@ -75,7 +81,8 @@ class Findings:
     def beside(self, other: Findings) -> Findings:
         """The values and notes of both, and what that one of the two which changes predictions makes of them."""
         change = other if other.changes else self
-        return dataclasses.replace(change, values={**self.values, **other.values}, notes=self.notes + other.notes)
+        values, notes = {**self.values, **other.values}, self.notes + other.notes
+        return dataclasses.replace(change, values=values, sets=self.sets or other.sets, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True)

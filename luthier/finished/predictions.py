@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from luthier.core.conformal import Sets
 from luthier.core.ingredient import Findings, Outputs
-from luthier.core.scores import softmax
+from luthier.core.scores import Array, softmax
 from luthier.errors import DataError, Fault, LuthierError
 from luthier.jsonfile import expanded, plain, write_whole
 from luthier.narrate import Narrator, Silent
@@ -37,16 +38,20 @@ class Predictions:
         labels: the predicted label, or number, of each row.
         probabilities: shape (n, classes), calibrated where the run was; None for a regression.
         names: the classes.
+        sets: of each row the classes that cannot be ruled out, the likeliest first; None where the run has no ``conformal``.
     """
 
     columns: dict[str, list[Any]]
     labels: list[Any]
     probabilities: np.ndarray[Any, Any] | None
     names: tuple[str, ...]
+    sets: list[list[str]] | None = None
 
     def table(self) -> dict[str, list[Any]]:
-        """The rows' own columns, then ``prediction`` and one ``p_NAME`` a class."""
+        """The rows' own columns, then ``prediction``, ``prediction_set`` where there are sets, and one ``p_NAME`` a class."""
         found = {**self.columns, "prediction": self.labels}
+        if self.sets is not None:
+            found["prediction_set"] = self.sets
         if self.probabilities is not None:
             for at, name in enumerate(self.names):
                 found[f"p_{name}"] = [float(value) for value in self.probabilities[:, at]]
@@ -72,8 +77,10 @@ class Predictions:
         write_whole(path, "".join(f"{line}\n" for line in lines))
 
     def lines(self, delimiter: str = ",") -> Iterator[str]:
-        """The table as CSV, a row at a time, the columns' names first; half a surrogate pair becomes ``?``."""
+        """The table as CSV, a row at a time, the columns' names first; half a surrogate pair becomes ``?``, a set ``one|other``."""
         table = self.table()
+        if self.sets is not None:
+            table["prediction_set"] = ["|".join(names) for names in self.sets]
         for row in (table, *zip(*table.values(), strict=True)):
             text = io.StringIO()
             # it quotes letters of its own row's end, "\r\n", which a lone "\r" needs
@@ -100,7 +107,9 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
     texts = Columns(columns["text"], columns.get("text_pair"))
     split, frame = read_unlabelled(data, texts)
     kept = {str(name): frame[name].tolist() for name in frame}
-    _free(kept, [] if report.task == "regression" else report.labels)
+    found = Findings.of(calibration)
+    own = [] if report.task == "regression" else [f"p_{name}" for name in report.labels]
+    _free(kept, ["prediction", *(["prediction_set"] if found.sets else []), *own])
     for name, cells in ((texts.text, split.texts), (texts.text_pair, split.pairs or ())):
         empty = [row for row, text in enumerate(cells, 1) if not text.strip()]
         if empty:
@@ -113,12 +122,20 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
         )
     with say.bar("predicting", len(encoded)) as bar:
         out = logits(model, encoded, pad_id=pad_id(model, tokenizer), tick=bar.advance)
-    changed = adjusted(Outputs(out, np.zeros(len(out))), Findings.of(calibration))
+    changed = adjusted(Outputs(out, np.zeros(len(out))), found)
     _score(report, changed, kept.get(columns["label"]), say)
     if report.task == "regression":
         return Predictions(kept, [float(value) for value in out[:, 0]], None, ())
     likely = softmax(changed.logits)
-    return Predictions(kept, [report.labels[at] for at in likely.argmax(axis=1)], likely, tuple(report.labels))
+    predicted = [report.labels[at] for at in likely.argmax(axis=1)]
+    sets = None if found.sets is None else _named(found.sets, out, report.labels)
+    return Predictions(kept, predicted, likely, tuple(report.labels), sets)
+
+
+def _named(sets: Sets, out: Array, labels: Sequence[str]) -> list[list[str]]:
+    likely = softmax(out)
+    order = np.argsort(-likely, axis=1, kind="stable")
+    return [[labels[at] for at in ranked if held[at]] for ranked, held in zip(order, sets.of(likely), strict=True)]
 
 
 def _trained(folder: Path) -> tuple[Report, Mapping[str, Any]]:
@@ -142,7 +159,7 @@ def _trained(folder: Path) -> tuple[Report, Mapping[str, Any]]:
 
 def _free(columns: Mapping[str, Any], names: Sequence[str]) -> None:
     """Refuses data with a column where a prediction would stand."""
-    taken = [name for name in ("prediction", *(f"p_{name}" for name in names)) if name in columns]
+    taken = [name for name in names if name in columns]
     if taken:
         faults = [Fault(f"column {name!r}", "must be free for predictions", do="Rename or drop it.") for name in taken]
         raise DataError.of(faults, "the data")

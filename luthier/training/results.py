@@ -137,7 +137,9 @@ def _chooses(job: Job) -> bool:
 def _calibration(findings: Findings | None) -> dict[str, Any]:
     if findings is None:
         return {}
-    return {**findings.values, "scale": findings.scale, "shift": findings.shift, "table": findings.table}
+    sets = None if findings.sets is None else asdict(findings.sets)
+    changes = {"scale": findings.scale, "shift": findings.shift, "table": findings.table}
+    return {**findings.values, **changes, "sets": sets}
 
 
 def _saved(job: Job, path: Path, outputs: Mapping[str, Outputs]) -> list[str]:

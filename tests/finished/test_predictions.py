@@ -79,6 +79,41 @@ def test_the_rows_own_columns_come_back_as_they_were(runs, tmp_path, kind):
     assert [float(row["p_good"]) for row in cells] == [line["p_good"] for line in lines]
 
 
+@pytest.mark.parametrize("given", [["conformal"], ["temperature", {"conformal": {"alpha": 0.3, "score": "aps"}}]])
+def test_prediction_sets_are_those_that_the_run_measured(given, tiny_model, tmp_path):
+    rows = sentences(90).assign(label=["good", "bad", "fine"] * 30)
+    for split, part in (("train", rows[:40]), ("validation", rows[40:60]), ("test", rows[60:])):
+        part.to_csv(tmp_path / f"{split}.csv", index=False)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / f"{split}.csv").rename(tmp_path / "data" / f"{split}.csv")
+    made = luthier.fit(
+        recipe(["adamw", *given], steps=4), model=tiny_model, data=str(tmp_path / "data"), out=tmp_path / "run"
+    )
+    told = luthier.predict(tmp_path / "run", rows[60:])
+    covered = [label in names for label, names in zip(rows.label[60:], told.sets, strict=True)]
+    assert np.mean(covered) == pytest.approx(made.calibration["coverage_test"])
+    assert np.mean([len(names) for names in told.sets]) == pytest.approx(made.calibration["set_size_test"])
+    assert all(names[0] == label for names, label in zip(told.sets, told.labels, strict=True) if names)
+    told.save(tmp_path / "out.csv")
+    assert pd.read_csv(tmp_path / "out.csv")["prediction_set"].fillna("").tolist() == ["|".join(s) for s in told.sets]
+    told.save(tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prediction_set"] for line in lines] == told.sets
+    with pytest.raises(DataError, match="column 'prediction_set'  must be free"):
+        luthier.predict(tmp_path / "run", rows.assign(prediction_set=""))
+
+
+def test_with_too_few_validation_rows_every_set_is_full_and_stays_so_in_the_report(tiny_model, tmp_path):
+    luthier.fit(
+        recipe(["adamw", {"conformal": {"alpha": 0.01}}], steps=1),
+        model=tiny_model,
+        data=sentences(40),
+        out=tmp_path / "run",
+    )
+    told = luthier.predict(tmp_path / "run", pd.DataFrame({"text": TEXTS}))
+    assert [sorted(names) for names in told.sets] == [["bad", "good"]] * 3
+
+
 def test_what_is_no_number_is_null(tmp_path):
     Predictions({"a": [float("nan"), float("inf"), 0.5]}, [1.0, 2.0, 3.0], None, ()).save(tmp_path / "out.jsonl")
     assert "NaN" not in (tmp_path / "out.jsonl").read_text()

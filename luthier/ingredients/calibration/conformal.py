@@ -1,7 +1,7 @@
 """Split conformal: sets of classes that hold the true one with a given chance, measured on every split.
 
 Source: Vovk, Gammerman, Shafer 2005; scores of Sadinle, Lei, Wasserman, JASA 2019 (arXiv:1609.00451) and Romano, Sesia, Candes,
-NeurIPS 2020 (arXiv:2006.02544); the mathematics is in ``core.calibration``.
+NeurIPS 2020 (arXiv:2006.02544); the mathematics is in ``core.conformal``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.core.calibration import conformal_scores, conformal_threshold, coverage_range, unfit
+from luthier.core.calibration import unfit
+from luthier.core.conformal import Sets, conformal_scores, conformal_threshold, coverage_range
 from luthier.core.context import Context
 from luthier.core.ingredient import Findings, Ingredient, Outputs, ingredient
 from luthier.core.scores import Array, softmax
@@ -20,14 +21,13 @@ from luthier.core.scores import Array, softmax
 FEW = 50
 
 
-def coverage_and_size(scores: Array, labels: Array, threshold: float) -> tuple[float, float]:
-    """The share of sets ``score <= threshold`` that hold their label, and the mean number of classes in a set.
+def coverage_and_size(sets: Array, labels: Array) -> tuple[float, float]:
+    """The share of sets that hold their label, and the mean number of classes in a set.
 
     Args:
-        scores: shape (n, k), of each class.
+        sets: shape (n, k), whether each class is in.
         labels: shape (n,), class numbers.
     """
-    sets = scores <= threshold
     return float(sets[np.arange(len(labels)), labels].mean()), float(sets.sum(axis=1).mean())
 
 
@@ -35,7 +35,8 @@ def coverage_and_size(scores: Array, labels: Array, threshold: float) -> tuple[f
 class Conformal(Ingredient):
     """Measures prediction sets: how often they hold the true class and how large they are, with a threshold from validation.
 
-    Changes no prediction. The sets are those of the model as it was trained, before any calibration. Regression, and runs without
+    Changes no prediction; ``predict`` gives the sets beside its own. The sets are those of the model as it was trained, before any
+    calibration. Regression, and runs without
     validation rows, are left alone, with a note.
 
     Args:
@@ -54,14 +55,16 @@ class Conformal(Ingredient):
             ctx.note(f"conformal {why}, so no prediction sets are measured.")
             return None
         n = len(split.targets)
-        threshold = conformal_threshold(self._scores(split)[np.arange(n), split.targets], self.alpha)
+        scores = conformal_scores(softmax(split.logits), self.score)[np.arange(n), split.targets]
+        threshold = conformal_threshold(scores, self.alpha)
+        sets = Sets(self.score, threshold)
         low, high = coverage_range(n, self.alpha)
         values = {"alpha": self.alpha, "threshold": threshold, "coverage_low": low, "coverage_high": high}
         told = []
         for name, other in outputs.items():
             if unfit(other):
                 continue
-            covered, size = coverage_and_size(self._scores(other), other.targets, threshold)
+            covered, size = coverage_and_size(sets.of(softmax(other.logits)), other.targets)
             values |= {f"coverage_{name}": covered, f"set_size_{name}": size}
             told.append(f"{name} {100 * covered:.1f} % with {size:.2f} classes a set")
         notes = [f"prediction sets ({self.score}) for {100 * (1 - self.alpha):g} % coverage: {', '.join(told)}."]
@@ -70,7 +73,4 @@ class Conformal(Ingredient):
         elif n < FEW:
             spread = f"on new rows like them coverage may be {100 * low:.0f} to {100 * high:.0f} %"
             notes.append(f"the threshold of the prediction sets is fitted on {n} validation rows; {spread}.")
-        return Findings(values, notes=tuple(notes))
-
-    def _scores(self, split: Outputs) -> Array:
-        return conformal_scores(softmax(split.logits), self.score)
+        return Findings(values, sets=sets, notes=tuple(notes))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.core.calibration import coverage_range
+from luthier.core.conformal import Sets, coverage_range
 from luthier.core.context import Context, Progress, Shelf
 from luthier.core.ingredient import Findings, Outputs
 from luthier.errors import RecipeError
@@ -76,10 +76,10 @@ def test_aps_sums_the_classes_down_to_the_true_one() -> None:
 
 
 def test_a_set_that_holds_nothing_and_one_that_holds_all() -> None:
-    scores, labels = np.array([[0.4, 0.6], [0.2, 0.8]]), np.array([0, 1])
-    assert coverage_and_size(scores, labels, -math.inf) == (0.0, 0.0)
-    assert coverage_and_size(scores, labels, 0.4) == (0.5, 1.0)
-    assert coverage_and_size(scores, labels, math.inf) == (1.0, 2.0)
+    likely, labels = np.array([[0.6, 0.4], [0.8, 0.2]]), np.array([0, 1])
+    assert coverage_and_size(Sets("lac", -math.inf).of(likely), labels) == (0.0, 0.0)
+    assert coverage_and_size(Sets("lac", 0.4).of(likely), labels) == (0.5, 1.0)
+    assert coverage_and_size(Sets("lac", math.inf).of(likely), labels) == (1.0, 2.0)
 
 
 # Identity
@@ -91,6 +91,7 @@ def test_no_prediction_is_changed() -> None:
     found = measured({"validation": split, "test": drawn(2, 100)})
     assert found.scale is None
     assert found.shift is None
+    assert found.sets is not None and not found.changes
     assert np.array_equal(split.logits, before)
 
 
