@@ -107,7 +107,7 @@ def verdicts(
                 detectable=_detectable(pair.found, alpha, many, test),
                 seeds_needed=seeds_to_claim(
                     pair.found.mean,
-                    pair.found.sd,
+                    pair.found.spread,
                     alpha=alpha,
                     shared=pair.found.shared,
                     comparisons=many,
@@ -120,8 +120,10 @@ def verdicts(
 
 def _detectable(found: Difference, alpha: float, many: int, test: Test) -> float:
     if test == "sign flips" and found.seeds <= COARSE:
-        return smallest_detectable_simulated(found.sd, found.seeds, alpha=alpha, shared=found.shared, comparisons=many)
-    return smallest_detectable(found.sd, found.seeds, alpha=alpha / many, shared=found.shared)
+        return smallest_detectable_simulated(
+            found.spread, found.seeds, alpha=alpha, shared=found.shared, comparisons=many
+        )
+    return smallest_detectable(found.spread, found.seeds, alpha=alpha / many, shared=found.shared)
 
 
 def sentence(verdict: Verdict, *, unit: Unit = POINTS) -> str:

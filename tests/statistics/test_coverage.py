@@ -64,7 +64,8 @@ def covered(spread: tuple[float, float, float], seeds: int, true: float, *, rows
 @pytest.mark.parametrize("spread", [SEED, ROW, BOTH, NOISE], ids=["seed", "row", "both", "noise"])
 @pytest.mark.parametrize("true", [0.0, 0.7])
 def test_the_interval_covers_at_its_rate(spread, seeds, true):
-    assert LOW <= covered(spread, seeds, true) <= HIGH
+    most = CALLS if spread == NOISE else HIGH  # .97 to .99 of noise, of whose two errors the larger is taken
+    assert LOW <= covered(spread, seeds, true) <= most
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -81,9 +82,24 @@ def test_the_interval_covers_at_its_rate_for_accuracies(spread, shift, seeds):
 
 
 @pytest.mark.parametrize("spread", [SEED, ROW, BOTH, NOISE], ids=["seed", "row", "both", "noise"])
-def test_with_two_seeds_the_interval_is_a_little_too_narrow(spread):
-    # .90 to .95 in 2000 simulations: one degree of freedom is hard to weigh against many rows
-    assert covered(spread, 2, 0.0) >= stats.binom.ppf(0.0005, CALLS, 0.90)
+def test_with_two_seeds_the_interval_covers_at_its_rate(spread):
+    assert covered(spread, 2, 0.0) >= LOW
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("flips", [1, 3])
+def test_among_recipes_that_part_on_a_few_rows_hardly_any_comparison_claims_anything(flips, seeds):
+    """Of 300 rows each seed has about ``flips`` right that the other recipe has wrong, and as many the other way round.
+
+    The same difference by all of 2 or 3 seeds is common then, by whose spread alone p is 0: 12 comparisons claim something in 79 and 22 of
+    100 cases with one flip, in 62 and 12 with three.
+    """
+    draw, any_of = np.random.default_rng(seeds), 0
+    for _ in range(100):
+        drawn = draw.random((12, seeds, 300)) * 300
+        pairs = [Pair("a", str(at), "", difference(one < flips, one > 300 - flips)) for at, one in enumerate(drawn)]
+        any_of += any(found.claimed for found in verdicts(pairs, test="t"))
+    assert any_of <= stats.binom.ppf(0.9995, 100, 0.05)
 
 
 def test_where_seeds_matter_the_bootstrap_of_few_seeds_is_much_too_narrow():

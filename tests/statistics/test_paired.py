@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.metrics import f1_score
 
 from luthier.errors import DataError
-from luthier.statistics.paired import Difference, difference, difference_by, freedom, interval, shared_variance
+from luthier.statistics.paired import Difference, difference, difference_by, freedom, interval, row_variances
 
 
 def drawn(seed: int, seeds: int, rows: int, of_seed: float = 1.0, of_row: float = 1.0) -> np.ndarray:
@@ -35,7 +35,19 @@ def test_rows_that_all_seeds_agree_on_are_the_shared_variance():
 
 
 def test_rows_on_which_seeds_disagree_share_nothing():
-    assert shared_variance(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
+    assert row_variances(np.array([[1.0, -1.0], [-1.0, 1.0]])) == (0.0, 1.0)
+
+
+def test_seeds_that_agree_by_chance_have_the_error_of_the_rows_noise():
+    # Each of two seeds has one of four rows right that the other recipe has wrong: 1/4 for both, sd 0. Variances over rows 1/4 each,
+    # covariance below zero: noise 1/4 / 4. Error sqrt(1/16 / 2) = .17678, (2 - 1)(4 - 1) = 3 degrees of freedom, t(.975, 3) = 3.1824.
+    found = difference(np.array([[1, 0, 0, 0], [0, 1, 0, 0]]), np.zeros((2, 4)))
+    assert (found.by_seed, found.sd, found.shared, found.noise) == ((0.25, 0.25), 0.0, 0.0, 0.0625)
+    seen = interval(found)
+    assert (seen.freedom, seen.error) == (3, pytest.approx(0.17678, abs=1e-5))
+    assert seen.high == pytest.approx(0.25 + 3.1824 * 0.17678, abs=1e-4)
+    assert seen.p == pytest.approx(2 * stats.t.sf(2**0.5, 3))
+    assert found.spread == 0.25
 
 
 def test_the_interval_of_differences_that_vary_by_seed_only():
@@ -86,7 +98,11 @@ def test_the_shared_variance_is_that_of_the_analysis_of_variance(seed, seeds, ro
     ms_rows = seeds * np.square(by_row - mean).sum() / (rows - 1)
     ms_rest = np.square(rest).sum() / ((seeds - 1) * (rows - 1))
     expected = max(0.0, (ms_rows - ms_rest) / (seeds * rows))
-    assert shared_variance(scores) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    shared, noise = row_variances(scores)
+    assert shared == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert shared + noise == pytest.approx(scores.var(axis=1, ddof=1).mean() / rows, rel=1e-9)
+    if shared:
+        assert noise == pytest.approx(ms_rest / rows, rel=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
