@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -151,3 +152,11 @@ def test_designs_that_are_none_are_refused():
         seeds_needed(1.0, 1.0, alpha=5)
     with pytest.raises(DataError, match="power_wanted"):
         smallest_detectable(1.0, 3, power_wanted=1.0)
+
+
+def test_power_is_a_number_where_scipys_noncentral_t_is_none():
+    # freedom 344: between effects of .115 and .135 its tail is nan, and the search for the smallest effect ended there
+    sees = [power(effect / 1000, 0.0166, 5, alpha=0.05 / 39, shared=4.563e-4) for effect in range(10, 200)]
+    assert all(one < other for one, other in pairwise(sees)) and 0 < sees[0] < sees[-1] < 1
+    least = [smallest_detectable(sd, 5, alpha=0.05 / 39, shared=4.563e-4) for sd in (0.01, 0.0166, 0.02)]
+    assert least == sorted(least) and power(least[1], 0.0166, 5, alpha=0.05 / 39, shared=4.563e-4) == pytest.approx(0.8)
