@@ -77,8 +77,8 @@ class Report:
         path: the run folder; None when nothing was kept.
         scatter: (true, predicted) of a regression, at most 500.
         environment: versions and hardware, as environment.json has them.
-        trust: by split, ``{"before": numbers, "after": numbers}`` of a classification: ece with ece_low and ece_high (95 % bootstrap),
-            ece_mass (bins of equal mass), mce, aurc, accuracy_at_80 and accuracy_at_50 (of the surest 80 and 50 % of the rows).
+        trust: by split, ``{"before": numbers, "after": numbers}`` of a classification: ece with ece_low and ece_high (95 %, basic
+            bootstrap), ece_mass (bins of equal mass), mce, aurc, accuracy_at_80 and accuracy_at_50 (of the surest 80 and 50 % of the rows).
         selective: by split, ``{"before": points, "after": points}`` of a classification: [coverage, risk], the share of the rows that are
             answered, the surest first, and the share of these that is wrong; at most 50.
         chosen_on: the split by whose scores weights or rates were chosen, so that its own scores are optimistic; empty for none.

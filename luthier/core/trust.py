@@ -40,7 +40,7 @@ def ece_equal_mass(logits: Array, labels: Array, bins: int = BINS) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A score of the rows at hand, and where most resamples of them lie."""
+    """A score of the rows at hand, and where that of endless rows like them lies."""
 
     value: float
     low: float
@@ -50,11 +50,14 @@ class Interval:
 def bootstrap(
     logits: Array, labels: Array, *, resamples: int = 1000, level: float = 0.95, seed: int = 0, bins: int = BINS
 ) -> dict[str, Interval]:
-    """Percentile intervals of ``ece``, ``nll`` (nats) and ``brier``: n rows drawn with replacement, scored, ``resamples`` times.
+    """Intervals of ``ece``, ``nll`` (nats) and ``brier``: n rows drawn with replacement, scored, ``resamples`` times.
 
     All three are scored on the same draws. The interval tells how much the scores depend on which rows were held out, not on the
-    training. It is honest for nll and brier, which are means over rows. The ECE of few rows is too large by the noise of its bins,
-    and each resample adds that noise once more: its interval lies too high, and may lie wholly above a small ``value``.
+    training. For nll and brier, which are means over rows, it holds the middle of the resamples (percentiles). The ECE of few rows is
+    too large by the noise of its bins, and each resample adds that noise once more, so their percentiles lie too high, often wholly above
+    the truth. Its interval is the basic one: from ``value`` as far down as resamples lie above it and as far up as they lie below, never
+    below zero, and with ``value``. In simulations of 300 rows, at level 0.95, it holds the truth in 0.67 of all draws for a calibrated
+    model and in 0.91 for overconfident ones; percentiles in none and in 0.25 to 0.85.
 
     Args:
         logits: shape (n, k).
@@ -62,8 +65,9 @@ def bootstrap(
         level: share of the resamples inside, in (0, 1).
         seed: the draws' own; no global generator is used.
         bins: of the ECE, equal in width as in ``scores.ece``.
-    Source: Efron, Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    Differs: nothing; quantiles between two resamples are interpolated linearly.
+    Source: Efron, Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; basic: Davison, Hinkley, Bootstrap Methods and
+        their Application, 1997, section 5.2.
+    Differs: the bounds of the ECE's; quantiles between two resamples are interpolated linearly.
     """
     n = len(labels)
     likely, rows = softmax(logits), np.arange(n)
@@ -80,8 +84,11 @@ def bootstrap(
     draw = np.random.default_rng(seed)
     drawn = np.array([scored(draw.integers(0, n, n)) for _ in range(resamples)])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    made = zip(("ece", "nll", "brier"), scored(rows), low, high, strict=True)
-    return {name: Interval(value, float(least), float(most)) for name, value, least, most in made}
+    made = zip(("ece", "nll", "brier"), scored(rows), low.tolist(), high.tolist(), strict=True)
+    found = {name: Interval(value, least, most) for name, value, least, most in made}
+    one = found["ece"]
+    basic = min(one.value, max(0.0, 2 * one.value - one.high)), max(one.value, 2 * one.value - one.low)
+    return {**found, "ece": Interval(one.value, *basic)}
 
 
 def risk_coverage(confidence: Array, losses: Array) -> tuple[Array, Array]:

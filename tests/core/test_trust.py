@@ -88,8 +88,27 @@ def test_one_resample_is_the_scores_of_the_rows_it_drew():
     logits, labels = drawn(2, 50)
     rows = np.random.default_rng(7).integers(0, 50, 50)
     found = bootstrap(logits, labels, resamples=1, seed=7)
-    for name, score in {"ece": ece, "nll": nll, "brier": brier}.items():
+    for name, score in {"nll": nll, "brier": brier}.items():
         assert found[name].low == found[name].high == pytest.approx(score(logits[rows], labels[rows]), rel=1e-12)
+    value, drew = ece(logits, labels), ece(logits[rows], labels[rows])  # the resample is larger: mirrored, it is below
+    assert drew > value
+    assert (found["ece"].low, found["ece"].high) == pytest.approx((max(0.0, 2 * value - drew), value), rel=1e-12)
+
+
+@pytest.mark.parametrize(("heat", "least"), [(1.0, 0.4), (1.3, 0.8), (2.0, 0.8)])
+def test_the_interval_of_the_ece_holds_that_of_endless_rows(heat, least):
+    # 100 draws of 300 rows; at heat 1, a calibrated model, percentiles of the resamples never hold it
+    def told(draw, rows):
+        sure = draw.normal(0, 2, rows)
+        labels = (draw.random(rows) < 1 / (1 + np.exp(-sure))).astype(int)
+        return np.stack([np.zeros(rows), heat * sure], axis=1), labels
+
+    draw, held = np.random.default_rng(0), 0
+    true = ece(*told(draw, 10**6))
+    for _ in range(100):
+        found = bootstrap(*told(draw, 300), resamples=200)["ece"]
+        held += found.low <= true <= found.high
+    assert held / 100 >= least
 
 
 def test_the_interval_of_the_nll_is_the_one_that_scipy_finds():
