@@ -49,11 +49,12 @@ class Desk:
 
     def failure(self, trial: Trial) -> str | None:
         """Why the run ended with an error; None when it did not."""
-        file = self.path / "failures" / f"{trial.name}.json"
-        try:
-            return str(json.loads(file.read_text(encoding="utf-8"))["why"])
-        except (OSError, ValueError, KeyError):
-            return None
+        why = self._failed(trial).get("why")
+        return None if why is None else str(why)
+
+    def lost(self, trial: Trial) -> float:
+        """The seconds that a run took before it ended with an error, as far as they are known."""
+        return float(self._failed(trial).get("seconds", 0.0))
 
     def state(self, trial: Trial) -> State:
         """Where the run stands, for whoever looks on; only ``claimed`` may decide by it."""
@@ -71,9 +72,9 @@ class Desk:
             return None
         return told
 
-    def fail(self, trial: Trial, why: str) -> None:
-        """Writes down why the run ended with an error."""
-        told = {"why": why, "host": platform.node(), "process": os.getpid()}
+    def fail(self, trial: Trial, why: str, seconds: float = 0.0) -> None:
+        """Writes down why the run ended with an error, and after how long."""
+        told = {"why": why, "seconds": seconds, "host": platform.node(), "process": os.getpid()}
         write_whole(self.path / "failures" / f"{trial.name}.json", json.dumps(told, indent=1) + "\n")
 
     def forgive(self, trial: Trial) -> None:
@@ -130,6 +131,15 @@ class Desk:
     def report(self, trial: Trial) -> dict[str, Any]:
         """The run's report.json as plain values."""
         told: dict[str, Any] = json.loads((self.run(trial) / "report.json").read_text(encoding="utf-8"))
+        return told
+
+    def _failed(self, trial: Trial) -> dict[str, Any]:
+        try:
+            told: dict[str, Any] = json.loads(
+                (self.path / "failures" / f"{trial.name}.json").read_text(encoding="utf-8")
+            )
+        except (OSError, ValueError):
+            return {}
         return told
 
     def _lock(self, trial: Trial) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -87,10 +86,9 @@ class Search:
                 one = None if self.over else self._taken(held)
             if one is None:
                 return False
-            begun = time.monotonic()
             do(self.trial(one["number"]), with_values(self.design, self.setting, self.recipe, one["values"]))
             with self._alone():
-                self._settle({one["number"]: time.monotonic() - begun})
+                self._settle()
         return True
 
     def _taken(self, held: ExitStack) -> dict[str, Any] | None:
@@ -130,7 +128,7 @@ class Search:
             if hopeless:
                 self._file(".json").unlink()
 
-    def _settle(self, seconds: dict[int, float] | None = None) -> None:
+    def _settle(self) -> None:
         """Tells what came of the runs that have ended: to Optuna, then to the trial's file."""
         for one in self.told():
             trial = self.trial(one["number"])
@@ -145,7 +143,7 @@ class Search:
             else:
                 better = score if HIGHER_IS_BETTER[metric] else -score
             proposals.tell(self._file(".log"), self.name, one["optuna"], better)
-            took = report.get("seconds") or (seconds or {}).get(one["number"], 0.0)
+            took = report.get("seconds") or self.desk.lost(trial)
             self._keep({**one, "score": score, "metric": metric, "seconds": took})
 
     def _conclude(self, told: list[dict[str, Any]]) -> None:

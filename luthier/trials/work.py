@@ -95,6 +95,7 @@ def one(
     pause_at: float | None = None,
 ) -> None:
     """Does one run, or goes on with it, to its end or its pause; an error is written down, and ends this run only."""
+    begun = time.monotonic()
     try:
         fit(
             design.recipe(trial),
@@ -112,9 +113,9 @@ def one(
     except Paused:
         pass  # what there is to know is in its folder
     except LuthierError as error:
-        desk.fail(trial, str(error))
+        desk.fail(trial, str(error), time.monotonic() - begun)
     except Exception:
-        desk.fail(trial, traceback.format_exc())
+        desk.fail(trial, traceback.format_exc(), time.monotonic() - begun)
 
 
 def failures(folder: str | Path, only: Sequence[str]) -> list[str]:

@@ -154,6 +154,7 @@ def test_it_goes_on_and_grows_and_tries_failed_runs_again(tiny_model, data, tmp_
     assert begun == ["ft-seed0", "ft-seed1"]
     assert [one.state for one in first.trials] == ["done", "failed"]
     assert "ft-seed1 ended with an error: or so" in first.notes[0]
+    assert 0 < Desk(out).lost(Design.load(out).trials()[1]) < 60
     grown = compare([FT, LP], model=tiny_model, data=data, out=out, seeds=3)
     assert begun[2:] == ["lp-seed0", "ft-seed1", "lp-seed1", "ft-seed2", "lp-seed2"]
     assert all(one.state == "done" for one in grown.trials)

@@ -48,14 +48,14 @@ def written(folder, budget, *, metric="accuracy", space="log:1e-5:1e-2", setting
     return Search(Desk(folder), design, "data", "ft")
 
 
-def scored(search, score, *, test=0.5, seconds=60.0):
-    """Does a run by writing its report: ``score`` of (number, rate) on validation; None fails it."""
+def scored(search, score, *, test=0.5, seconds=60.0, lost=0.0):
+    """Does a run by writing its report: ``score`` of (number, rate) on validation; None fails it after ``lost`` seconds."""
 
     def do(trial, design):
         rate = design.recipe(trial).stages[0].learning_rate
         value = score(int(trial.name.rpartition("search")[2]), rate)
         if value is None:
-            return search.desk.fail(trial, "by hand")
+            return search.desk.fail(trial, "by hand", lost)
         metrics = {"validation": {search.design.metric: value}, "test": {search.design.metric: test - value}}
         search.desk.run(trial).mkdir(parents=True)
         told = {"metric": "f1_macro", "metrics": metrics, "seconds": seconds}
@@ -119,6 +119,13 @@ def test_a_budget_of_minutes_counts_training_and_ends_where_nothing_works(tmp_pa
     assert progress(search.desk, search.design)["ft"].startswith("search ft 3, 3.0/2.5 min: best")
     hopeless = written(tmp_path / "b", {"minutes": 2.5})
     assert to_the_end(hopeless, scored(hopeless, lambda number, rate: None)) == 10
+
+
+def test_runs_that_failed_count_by_their_minutes_whoever_looks_at_them(tmp_path):
+    search = written(tmp_path, {"minutes": 2.5})
+    do = scored(search, lambda number, rate: None if number == 0 else 0.5, lost=90.0)
+    assert to_the_end(search, do) == 2  # 90 and 60 seconds, as the folder has them, and not by the clock of who settles them
+    assert [one["seconds"] for one in search.told()] == [90.0, 60.0]
 
 
 def test_settings_that_can_be_counted_are_tried_once_each(tmp_path):
