@@ -124,7 +124,7 @@ def test_a_budget_of_minutes_counts_training_and_ends_where_nothing_works(tmp_pa
 def test_runs_that_failed_count_by_their_minutes_whoever_looks_at_them(tmp_path):
     search = written(tmp_path, {"minutes": 2.5})
     do = scored(search, lambda number, rate: None if number == 0 else 0.5, lost=90.0)
-    assert to_the_end(search, do) == 2  # 90 and 60 seconds, as the folder has them, and not by the clock of who settles them
+    assert to_the_end(search, do) == 2  # 90 and 60 seconds by the folder, not by the clock of who settles them
     assert [one["seconds"] for one in search.told()] == [90.0, 60.0]
 
 
