@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from luthier.core.calibration import fit_isotonic, fit_vector, held_out_nll, through, through_logits, unfit
 from luthier.core.ingredient import Outputs
 from luthier.core.scores import nll, softmax
-
-
-def drawn(seed: int, rows: int = 60, classes: int = 4, *, heat: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of which ``1 / heat`` would be calibrated."""
-    draw = np.random.default_rng(seed)
-    logits = draw.normal(0, 2, (rows, classes))
-    labels = (logits + draw.gumbel(size=logits.shape)).argmax(axis=1)
-    return heat * logits, labels
-
+from tests.logits import drawn
 
 # What can be calibrated on
 

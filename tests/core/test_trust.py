@@ -11,22 +11,9 @@ from hypothesis import strategies as st
 
 from luthier.core.scores import brier, ece, nll, softmax
 from luthier.core.trust import accuracy_at, aurc, bootstrap, ece_equal_mass, risk_coverage
+from tests.logits import drawn, two_way
 
 SURE = np.array([0.9, 0.8, 0.7, 0.6])
-
-
-def two_way(confidences: list[float]) -> np.ndarray:
-    """Logits of two classes whose first has these probabilities."""
-    chance = np.array(confidences)
-    return np.stack([np.log(chance), np.log(1 - chance)], axis=1)
-
-
-def drawn(seed: int, rows: int = 60, classes: int = 4, *, heat: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of which ``1 / heat`` would be calibrated."""
-    draw = np.random.default_rng(seed)
-    logits = draw.normal(0, 2, (rows, classes))
-    labels = (logits + draw.gumbel(size=logits.shape)).argmax(axis=1)
-    return heat * logits, labels
 
 
 # ECE with bins of equal mass
