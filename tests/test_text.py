@@ -141,6 +141,13 @@ def test_a_change_that_cannot_be_made_is_told(change, said):
         read("lp-ft", sets=[change])
 
 
+def test_a_change_of_a_recipe_without_stages_is_told(tmp_path):
+    (tmp_path / "none.yaml").write_text("name: none\nstages: []\n")
+    for change in ("stages.x=1", "stages.0=1", "lr=1"):
+        with pytest.raises(RecipeError):
+            read(tmp_path / "none.yaml", sets=[change])
+
+
 def test_recipes_that_mean_the_same_run_have_the_same_digest():
     assert read("ft").digest == read("ft", sets=["name=other", "description=x"]).digest
     assert read("ft").digest == read("ft", sets=["stages.0.lr=0.00002"]).digest

@@ -68,10 +68,11 @@ class Findings:
     def of(cls, told: Mapping[str, Any]) -> Findings:
         """What changes predictions, or stands beside them, as a report's ``calibration`` tells it."""
         scale, shift = (None if told.get(name) is None else tuple(told[name]) for name in ("scale", "shift"))
-        held = told.get("sets")
-        full = float("inf")  # no number of JSON
-        sets = held and Sets(held["score"], full if held["threshold"] is None else held["threshold"])
-        return cls(scale=scale, shift=shift, table=told.get("table"), sets=sets or None)
+        sets = None
+        if held := told.get("sets"):
+            threshold = held["threshold"]  # infinity is no number of JSON
+            sets = Sets(held["score"], float("inf") if threshold is None else threshold)
+        return cls(scale=scale, shift=shift, table=told.get("table"), sets=sets)
 
     @property
     def changes(self) -> bool:

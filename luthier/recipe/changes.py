@@ -131,7 +131,7 @@ def _known(here: Any, step: str) -> str:
 def _whole(here: list[Any], steps: list[str], last: str, value: str) -> str:
     """How a list that ``last`` should stand in is given: with all its items."""
     if steps[-1] == "stages":
-        which = last if _below(here, last) is not None else _names(here)[0]
+        which = last if not here or _below(here, last) is not None else _names(here)[0]
         return f"Name a value of a stage, such as stages.{which}.lr=3e-5."
     items, item = list(here), parse(value, inside=value)
     if _NUMBER.fullmatch(last) and -len(items) <= int(last) < len(items):
