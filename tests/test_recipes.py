@@ -98,3 +98,20 @@ def test_chang_has_its_rates_and_takes_the_average_of_its_best_steps(three_block
         depth: pytest.approx(rate) for depth, rate in expected.items()
     }
     assert {entry.name for entry in plan.entries} >= {"reinit", "swa", "best", "llrd"}
+
+
+# The last stage as published: epochs, rows of a batch, warm-up, weight decay, alpha of LoRA, epochs of the stage before.
+PUBLISHED = {
+    "lora": (30, 16, 0.06, 0.1, 16, None),  # Hu et al. 2022, RoBERTa-base on GLUE: 30 to 80 epochs, 16 to 64 rows
+    "lp-lora": (10, 8, 0.0, 0.0, 8, None),  # Tomihari and Sato 2024
+    "eh-ft": (18, 16, 0.1, 0.01, None, 2),  # Yang et al. 2022: 20 epochs, 2 of them for the head
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_with_lora_have_the_published_lengths(name):
+    made = read(name)
+    last, parts = made.stages[-1], {each.name(): each for each in made.stages[-1].ingredients}
+    alpha = parts["lora"].alpha if "lora" in parts else None
+    found = (last.epochs, last.batch_size, parts["anneal"].warmup, parts["adamw"].weight_decay, alpha)
+    assert (*found, made.stages[0].epochs if len(made.stages) > 1 else None) == PUBLISHED[name]
