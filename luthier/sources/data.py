@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import DataError, Fault, did_you_mean
 from luthier.sources.columns import LABEL_NAMES, Columns, Flags, infer, other_text
 from luthier.sources.gather import Gathered, gather
-from luthier.sources.labels import Label, are_classes, as_labels, decimal_commas, is_empty, pointed
+from luthier.sources.labels import Label, are_classes, as_labels, decimal_commas, is_empty, may_be_thousands, pointed
 from luthier.sources.splitting import divide
 from luthier.sources.tables import Table, format_of, plain, rows_of
 
@@ -210,6 +210,11 @@ def _splits(
         raise DataError.of(faults, gathered.name)
     told = []
     comma = None if task == "classification" else decimal_commas(cells)
+    if comma is not None and may_be_thousands(cells):
+        do = "Write 1100 or 1.100; if they are classes, --task classification."
+        raise DataError.of(
+            [Fault("labels", "must say whether a comma marks thousands or decimals", repr(comma), do)], gathered.name
+        )
     if comma is not None:
         cells = {name: [pointed(cell) for cell in each] for name, each in cells.items()}
         do = "if they are classes, --task classification"

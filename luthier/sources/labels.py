@@ -13,6 +13,7 @@ IN_DOMAIN = ("train", "validation", "test")  # the splits whose labels say what 
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 _COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -72,6 +73,16 @@ def decimal_commas(splits: Mapping[str, Sequence[Any]]) -> str | None:
     written = [cell for cell in every if _COMMA.fullmatch(cell)]
     fit = len(written) + sum(bool(_WHOLE.fullmatch(cell)) for cell in every) == len(every)
     return written[0] if written and fit else None
+
+
+def may_be_thousands(splits: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether every label cell with a comma in train, validation and test would be a number of thousands too (``1,100``).
+
+    >>> may_be_thousands({"train": ["900", "1,100"]}), may_be_thousands({"train": ["1,125", "0,875"]})
+    (True, False)
+    """
+    every = [str(cell).strip() for name in IN_DOMAIN for cell in splits.get(name, ())]
+    return all(_THOUSANDS.fullmatch(cell) for cell in every if "," in cell)
 
 
 def pointed(cell: Any) -> Any:

@@ -166,6 +166,17 @@ def test_whole_numbers_beside_decimal_commas_are_numbers_too() -> None:
     assert [pointed(cell) for cell in ("4", " 3,5 ", "x,y", 3)] == ["4", "3.5", "x,y", 3]
 
 
+def test_commas_that_may_mark_thousands_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prices.csv"
+    rows = "".join(f'a long text number {i};"{1 + i % 9},{i:03}"\n' for i in range(45))
+    path.write_text("text;label\n" + rows)
+    with pytest.raises(DataError, match=r"labels  must say whether a comma marks thousands or decimals; got '\d,0\d\d'.  Write 1100 or 1.100"):
+        read(path)
+    assert "3,002" in (read(path, task="classification").splits["train"].labels or ())
+    path.write_text("text;label\n" + rows + "a long text number 46;0,5\n")
+    assert 3.002 in (read(path).splits["train"].labels or ())
+
+
 def test_what_is_beyond_the_largest_float_is_no_number() -> None:
     # The largest is about 1.8e308; Python itself reads no whole number of more than 4300 digits.
     for cell in ("9" * 5000, "9" * 400, "-" + "9" * 400, "1e400", 10**400, -(10**400), float("inf"), float("nan")):
