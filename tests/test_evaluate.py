@@ -10,6 +10,7 @@ from sklearn import metrics
 
 import luthier
 from luthier import evaluate
+from luthier.core.scores import softmax
 from luthier.errors import DataError
 from luthier.evaluate import HIGHER_IS_BETTER, classification, confusion, mistakes, regression
 from tests.little import recipe, sentences
@@ -33,6 +34,17 @@ def test_by_hand_matthews_correlation():
     assert evaluate.mcc(np.array([1, 0]), np.array([0, 1])) == -1.0
     assert evaluate.mcc(np.array([1, 1, 1]), np.array([0, 1, 1])) == 0.0  # always one class
     assert evaluate.mcc(np.array([1, 1]), np.array([1, 1])) == 0.0
+
+
+def test_by_hand_area_under_the_roc_curve():
+    # class 1 has the scores .4 .8 .3, class 0 .1 .4; of the six pairs four are in order and one is equal: 4.5 / 6
+    logits = np.array([[0, score] for score in (0.1, 0.4, 0.4, 0.8, 0.3)])
+    assert evaluate.auroc(logits, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.75)
+    assert evaluate.auroc(-logits, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.25)
+    assert evaluate.auroc(logits, np.ones(5, dtype=int)) is None
+    assert evaluate.auroc(np.zeros((4, 2)), np.array([0, 1, 1, 1])) == 0.5
+    wide = np.hstack([logits, np.full((5, 1), -50.0)])  # a class without rows changes nothing
+    assert evaluate.auroc(wide, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.75)
 
 
 def test_by_hand_regression():
@@ -82,6 +94,10 @@ def test_parity_with_sklearn(seed, classes):
         metrics.f1_score(labels, logits.argmax(1), average="macro", zero_division=0)
     )
     assert told["mcc"] == pytest.approx(metrics.matthews_corrcoef(labels, logits.argmax(1)))
+    if len(set(labels)) == classes:
+        share = softmax(logits)
+        expected = metrics.roc_auc_score(labels, share[:, 1] if classes == 2 else share, multi_class="ovr")
+        assert told["auroc"] == pytest.approx(expected)
     assert (
         confusion(logits, labels) == metrics.confusion_matrix(labels, logits.argmax(1), labels=range(classes))
     ).all()

@@ -18,6 +18,7 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "accuracy": True,
     "f1_macro": True,
     "mcc": True,
+    "auroc": True,
     "nll": False,
     "brier": False,
     "ece": False,
@@ -26,7 +27,7 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "pearson": True,
     "spearman": True,
 }
-Metric = Literal["accuracy", "f1_macro", "mcc", "nll", "brier", "ece", "rmse", "mae", "pearson", "spearman"]
+Metric = Literal["accuracy", "f1_macro", "mcc", "auroc", "nll", "brier", "ece", "rmse", "mae", "pearson", "spearman"]
 
 
 def better(value: float | None, best: float | None, *, higher: bool) -> bool:

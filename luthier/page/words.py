@@ -13,6 +13,7 @@ TITLES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
     "mcc": "MCC",
+    "auroc": "AUROC",
     "nll": "NLL (nats)",
     "brier": "Brier score",
     "ece": "ECE",

@@ -63,7 +63,7 @@ class Classification:
     kind = "classification"
     problem_type = "single_label_classification"
     metric = "accuracy"
-    metric_names = ("accuracy", "f1_macro", "mcc", "nll", "brier", "ece")
+    metric_names = ("accuracy", "f1_macro", "mcc", "auroc", "nll", "brier", "ece")
 
     @property
     def num_labels(self) -> int:

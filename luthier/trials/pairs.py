@@ -151,6 +151,7 @@ ROWS: dict[str, Callable[[Outputs], Array]] = {"accuracy": _right, "nll": _likel
 _SCORES: dict[str, Callable[[Outputs], float | None]] = {
     "f1_macro": lambda out: evaluate.f1_macro(out.logits.argmax(axis=1), out.targets),
     "mcc": lambda out: evaluate.mcc(out.logits.argmax(axis=1), out.targets),
+    "auroc": lambda out: evaluate.auroc(out.logits, out.targets),
     "ece": lambda out: ece(out.logits, out.targets),
     "rmse": lambda out: evaluate.rmse(out.logits[:, 0], out.targets),
     "pearson": lambda out: evaluate.pearson(out.logits[:, 0], out.targets),

@@ -87,7 +87,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 def test_a_metric_of_another_task_is_refused_with_those_there_are() -> None:
-    with pytest.raises(DataError, match="There are: accuracy, f1_macro, mcc, nll, brier, ece"):
+    with pytest.raises(DataError, match="There are: accuracy, f1_macro, mcc, auroc, nll, brier, ece"):
         check(data(), AB, metrics={"metric": "rmse"})
 
 

@@ -170,7 +170,10 @@ def test_commas_that_may_mark_thousands_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     rows = "".join(f'a long text number {i};"{1 + i % 9},{i:03}"\n' for i in range(45))
     path.write_text("text;label\n" + rows)
-    with pytest.raises(DataError, match=r"labels  must say whether a comma marks thousands or decimals; got '\d,0\d\d'.  Write 1100 or 1.100"):
+    with pytest.raises(
+        DataError,
+        match=r"labels  must say whether a comma marks thousands or decimals; got '\d,0\d\d'.  Write 1100 or 1.100",
+    ):
         read(path)
     assert "3,002" in (read(path, task="classification").splits["train"].labels or ())
     path.write_text("text;label\n" + rows + "a long text number 46;0,5\n")

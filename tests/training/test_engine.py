@@ -54,7 +54,7 @@ def test_report_json_has_the_fields_that_are_promised(finished):
     out, _ = finished
     told = json.loads((out / "report.json").read_text())
     for split in ("validation", "test"):
-        assert told["metrics"][split].keys() >= {"accuracy", "f1_macro", "mcc", "nll", "brier", "ece", "n"}
+        assert told["metrics"][split].keys() >= {"accuracy", "f1_macro", "mcc", "auroc", "nll", "brier", "ece", "n"}
         assert told["calibrated"][split].keys() == told["metrics"][split].keys()
     assert {"name", "steps", "seconds", "examples_per_second", "trainable_parameters", "peak_memory_bytes"} <= told[
         "stages"

@@ -227,7 +227,7 @@ def test_against_one_recipe_there_are_fewer_pairs(made, tiny_model, data):
     assert {one.comparisons for one in found.versus} == {2}
 
 
-@pytest.mark.parametrize("metric", ["nll", "f1_macro", "mcc", "ece"])
+@pytest.mark.parametrize("metric", ["nll", "f1_macro", "mcc", "auroc", "ece"])
 def test_any_metric_is_compared_larger_difference_is_better(metric, made, tiny_model, data):
     out, _, _ = made
     found = compare([FT, LP_FT, LP], model=tiny_model, data=data, out=out, seeds=3, metric=metric)
@@ -236,7 +236,7 @@ def test_any_metric_is_compared_larger_difference_is_better(metric, made, tiny_m
         for name in ("ft", "lp")
         for seed in range(3)
     }
-    sign = 1 if metric in ("f1_macro", "mcc") else -1
+    sign = 1 if metric in ("f1_macro", "mcc", "auroc") else -1
     pair = next(one for one in found.versus if (one.one, one.other, one.split) == ("lp", "ft", "test"))
     assert pair.by_seed == pytest.approx(
         [sign * (scores["lp", seed] - scores["ft", seed]) for seed in range(3)], abs=1e-6
