@@ -83,7 +83,8 @@ class Subject:
         found = ntk(model, train, held=self._batches(self._held, self.rows, size=1), where=where)
         fits = kernel_regressions(found)
         told = found.to_dict() | {"kernel_regression": [fit.to_dict() for fit in fits.values()]}
-        lines = (*found.lines(), *(line for fit in fits.values() for line in fit.lines()))
+        fitted = [line for fit in fits.values() for line in fit.lines()]
+        lines = (*found.lines(), *(fitted or ["No kernel regression: it takes at least five training rows."]))
         title = f"The kernel of {len(train)} training rows at the start of {last!r}"
         return Study("ntk", title, told, lines, found.plot())
 

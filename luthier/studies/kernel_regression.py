@@ -104,8 +104,8 @@ def kernel_regression(kernel: NTK, part: PartOf = "P+F") -> KernelRegression:
 
 
 def kernel_regressions(kernel: NTK, parts: Iterable[PartOf] = PARTS) -> dict[str, KernelRegression]:
-    """One fit for each part."""
-    return {part: kernel_regression(kernel, part) for part in parts}
+    """One fit for each part; none with fewer than five training rows."""
+    return {part: kernel_regression(kernel, part) for part in parts if kernel.train >= _FOLDS}
 
 
 def _cases(block: Array) -> Array:

@@ -16,6 +16,7 @@ left out where there is no bias; ranks state their tolerance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +34,10 @@ from luthier.errors import DataError, Fault, ModelError
 from luthier.studies.jacobian_gram import gram
 from luthier.studies.last_linear import last_linear, read, rows_of
 from luthier.svg import AMBER, DARK, draw, log_axis
+from luthier.units import size
 
 PartOf = Literal["P", "F", "P+F"]
+_MOST_BYTES = 2**30  # of F
 PARTS: tuple[PartOf, ...] = ("P", "F", "P+F")
 
 
@@ -189,6 +192,9 @@ def ntk(
 ) -> NTK:
     """The empirical kernel of ``model`` at its present weights, exactly. Looks only: nothing of the model changes.
 
+    F has (rows x classes)^2 numbers, held and training rows together; it is refused above 1 GiB, which is 11,585 rows x classes. Its
+    eigenvalues take about three times that for a while, and a time that grows with the cube of the training rows x classes.
+
     Args:
         batches: training rows, mappings with ``labels``; each row goes through the model alone, with the padding of its batch, so batches
             of one row, or of rows of one length, are fastest.
@@ -200,7 +206,7 @@ def ntk(
     Raises:
         ModelError: there is no last linear module, the logits are not what it gives at one place of the text, LoRA is merged, or
             ``where`` stands for no weight.
-        DataError: there are no rows, or a label is no class of the model.
+        DataError: there are no rows, too many for F, or a label is no class of the model.
     """
     anatomy = Anatomy.of(model, family)
     linear = last_linear(model, anatomy)
@@ -213,6 +219,16 @@ def ntk(
     wrong = [label for label in labels + other_labels if label not in range(linear.out_features)]
     if wrong:
         fault = Fault("labels", f"must be class numbers below {linear.out_features}", str(wrong[0]))
+        raise DataError.of([fault], "the rows")
+    most = math.isqrt(_MOST_BYTES // 8) // linear.out_features
+    if len(rows) + len(others) > most:
+        got = f"{len(rows) + len(others):,} rows of {linear.out_features:,} classes"
+        fault = Fault(
+            "the kernel",
+            f"must fit in {size(_MOST_BYTES)}",
+            got,
+            f"Look at {most:,} rows at most, held-out ones among them.",
+        )
         raise DataError.of([fault], "the rows")
     with paused(model), torch.enable_grad():
         logits, features, mass = map(np.stack, zip(*read(model, linear, rows + others), strict=True))

@@ -216,6 +216,13 @@ def test_a_model_before_a_run_has_a_kernel_and_clusters_and_no_drift(tiny_model,
     assert not (tmp_path / "study").exists()
 
 
+def test_too_few_rows_for_a_kernel_regression_leave_the_kernel(tiny_model, tmp_path):
+    sentences().to_csv(tmp_path / "data.csv", index=False)
+    (found,) = luthier.study(str(tiny_model), kinds=["ntk"], recipe="ft", data=str(tmp_path / "data.csv"), rows=4)
+    assert found.found["rows"] == 4 and found.found["kernel_regression"] == []
+    assert found.lines[-1] == "No kernel regression: it takes at least five training rows."
+
+
 def test_lora_has_a_kernel_of_its_own_weights(tiny_model, tmp_path):
     sentences().to_csv(tmp_path / "data.csv", index=False)
     sizes = [

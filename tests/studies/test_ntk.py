@@ -366,6 +366,15 @@ def test_what_is_no_classifier_is_refused():
         ntk(tiny("bert"), [{"input_ids": IDS}])
     with pytest.raises(DataError, match="at least 5 rows"):
         kernel_regression(ntk(tiny("bert", layers=1), [TEXT]))
+    assert kernel_regressions(ntk(tiny("bert", layers=1), [TEXT])) == {}
+
+
+def test_a_kernel_that_does_not_fit_in_memory_is_refused_before_it_is_made():
+    # 2^27 numbers of 8 bytes are 11585^2 and some more: 57 rows of 200 classes are 11400, 58 are 11600.
+    batches = [text(at, 29, classes=200) for at in (0, 1)]
+    must = r"the kernel  must fit in 1\.1 GB; got 58 rows of 200 classes\.  Look at 57 rows at most, held-out ones among them\."
+    with pytest.raises(DataError, match=must):
+        ntk(tiny("bert", labels=200), batches[:1], held=batches[1:])
 
 
 # It matters.
