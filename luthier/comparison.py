@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import Fault, LuthierError
-from luthier.jsonfile import plain, read_as, write_whole
+from luthier.jsonfile import expanded, plain, read_as, write_whole
 
 SCHEMA = 2  # of comparison.json; a field more is a new number
 WIDTH = 80  # columns of summary()
@@ -171,7 +171,7 @@ class Comparison:
 
     def save(self, folder: str | Path) -> Path:
         """Writes comparison.json into ``folder``, whole or not at all."""
-        path = Path(folder) / "comparison.json"
+        path = expanded(folder) / "comparison.json"
         told = plain({"schema": SCHEMA, **asdict(self)})
         write_whole(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
@@ -183,7 +183,7 @@ class Comparison:
         Raises:
             LuthierError: there is none, or it cannot be read as a comparison of this version.
         """
-        path = Path(place)
+        path = expanded(place)
         path = path / "comparison.json" if path.is_dir() else path
         try:
             told = json.loads(path.read_text(encoding="utf-8"))

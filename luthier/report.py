@@ -150,7 +150,7 @@ class Report:
         Raises:
             RunError: it cannot be written; what stood there is untouched.
         """
-        path = Path(folder) / "report.json"
+        path = expanded(folder) / "report.json"
         write_whole(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 

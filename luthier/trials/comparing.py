@@ -235,6 +235,7 @@ def gather(folder: str | Path, design: Design | None = None, *, metric: str | No
         LuthierError: there is no comparison in ``folder``, no run has ended, or the metric is none of them.
         RunError: none has ended well, and one has failed.
     """
+    folder = expanded(folder)
     found = gathering.gather(folder, design, metric=metric)
     found.save(folder)
     from luthier.page import compared

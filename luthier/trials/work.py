@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from luthier.errors import LuthierError
+from luthier.jsonfile import expanded
 from luthier.narrate import Narrator, Silent
 from luthier.stock import Stock
 from luthier.training.engine import fit
@@ -46,7 +47,8 @@ def work(
         Stopped: someone asked to stop; the run that was under way is saved.
         LuthierError: there is no comparison in ``folder``, or no such run.
     """
-    desk, design = Desk(Path(folder)), Design.load(Path(folder))
+    folder = expanded(folder)
+    desk, design = Desk(folder), Design.load(folder)
     shared = stock or Stock(desk.shared)
     known = [trial.name for trial in design.trials()]
     if missing := [name for name in only if name not in known]:
@@ -120,6 +122,7 @@ def one(
 
 def failures(folder: str | Path, only: Sequence[str]) -> list[str]:
     """A line for each run of ``only`` that has failed, with the last line of its error."""
-    desk, design = Desk(Path(folder)), Design.load(Path(folder))
+    folder = expanded(folder)
+    desk, design = Desk(folder), Design.load(folder)
     told = {trial.name: desk.failure(trial) for trial in design.trials() if trial.name in only}
     return [f"{name} failed: {why.strip().splitlines()[-1]}" for name, why in told.items() if why]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 import luthier
+from luthier.comparison import Comparison
 from luthier.recipe.text import write
 from luthier.report import Report
-from luthier.trials.comparing import designed
+from luthier.trials.comparing import designed, gather
+from luthier.trials.work import work
 from tests.little import recipe, sentences
 
 
@@ -29,6 +31,9 @@ def test_a_run_in_the_home_folder_is_made_and_found_there(tiny_model, tmp_path, 
     luthier.soup(["~/runs/a", "~/runs/b"], out="~/soup")
     luthier.predict("~/soup", pd.DataFrame({"text": ["good film"]}))
     designed(["~/one.yaml"], model=str(tiny_model), data="~/data.csv", out="~/comparison", seeds=2)
+    assert work("~/comparison") == 2
+    assert gather("~/comparison").path == str(home / "comparison")
+    assert Comparison.load("~/comparison").recipes
     assert {path.name for path in home.glob("[!.]*")} == {
         *("data.csv", "one.yaml", "told.csv"),
         *("runs", "soup", "comparison"),
