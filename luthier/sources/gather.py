@@ -17,7 +17,7 @@ ALIASES = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "ood": "ood_ood", "out_domain": "out_domain",
 }  # fmt: skip
-_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
+_SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})(-[0-9a-f]{16})?$")
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def _folder(path: Path) -> Gathered:
     faults = [
         Fault(f"{path.name}/", f"must have one file for {name}", ", ".join(file.name for file in several))
         for name, several in by_split.items()
-        if len(several) > 1 and not all(_SHARD.search(file.name.split(".")[0]) for file in several)
+        if len(several) > 1 and not all(map(_shard, several))
     ]
+    faults += [fault for name, several in by_split.items() for fault in _missing(f"{path.name}/", name, several)]
     if "train" not in by_split:
         there = ", ".join(file.name for file in files) or f"no file ending in {', '.join(FORMATS)}"
         do = "Name it train, or give the file itself."
@@ -122,6 +123,24 @@ def _folder(path: Path) -> Gathered:
         [f"not read: {', '.join(unread)} (read are train, validation, test, ood_NAME, out_domain)"] if unread else []
     )
     return Gathered(tables, str(path), tuple(notes), {name: several[0].name for name, several in by_split.items()})
+
+
+def _shard(file: Path) -> tuple[int, int] | None:
+    """Which shard a file is, of how many, by its name; None for a whole table."""
+    found = _SHARD.search(file.name.split(".")[0])
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _missing(where: str, split: str, files: list[Path]) -> list[Fault]:
+    shards = [shard for shard in map(_shard, files) if shard]
+    if len(shards) < len(files):
+        return []
+    wanted = [(at, many) for many in {many for _, many in shards} for at in range(many)]
+    twice = {shard for shard in shards if shards.count(shard) > 1}
+    odd = [("no", sorted({*wanted} - {*shards})), ("twice", sorted(twice))]
+    told = [f"{how} {split}-{at:05}-of-{many:05}" for how, which in odd for at, many in which[:3]]
+    do = "Fetch what is missing; leave one of what is there twice."
+    return [Fault(where, f"must have each shard of {split} once", ", ".join(told), do)] if told else []
 
 
 def _joined(shards: list[Table]) -> Table:

@@ -179,6 +179,16 @@ def test_shards_of_one_split_are_joined(tmp_path: Path) -> None:
         write(tmp_path / f"train-0000{number}-of-00002.parquet", many(10 + number))
     write(tmp_path / "validation.csv", many(4))
     assert len(read(tmp_path).splits["train"]) == 21
+    (tmp_path / "train-00000-of-00002.parquet").rename(tmp_path / "train-00000-of-00002-0123456789abcdef.parquet")
+    assert len(read(tmp_path).splits["train"]) == 21  # as older hubs named them
+
+
+def test_a_shard_that_is_not_there_or_twice_is_told(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00003", "train-00001-of-00003", "train-00001-of-00003-0123456789abcdef"):
+        write(tmp_path / f"{name}.parquet", many(10))
+    must = "must have each shard of train once; got no train-00002-of-00003, twice train-00001-of-00003"
+    with pytest.raises(DataError, match=must):
+        read(tmp_path)
 
 
 def test_a_folder_without_train_or_with_two_of_one_split_is_refused_with_both_told(tmp_path: Path) -> None:
