@@ -83,6 +83,13 @@ def compare(
         str | None,
         typer.Option("--budget", help="Of search for each recipe: 20 (runs) or 30min; 10 runs if not given."),
     ] = None,
+    weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--weights/--no-weights",
+            help="Whether runs keep their weights when they have ended; they do, if not said otherwise before.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="How many runs at a time.")] = 1,
     on: Annotated[
         str,
@@ -131,6 +138,7 @@ def compare(
         "sets": [*DEMO_SETS, *(sets or ())] if demo else sets or (),
         "search": search or (),
         "budget": budget,
+        "weights": weights,
         "narrator": say,
     }
     if print_jobs:

@@ -16,6 +16,7 @@ from luthier.core.conformal import Sets
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.scores import Array, softmax
 from luthier.errors import DataError, Fault, LuthierError
+from luthier.finished.weights import weightless
 from luthier.jsonfile import expanded, plain, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import adjusted, logits, scores
@@ -103,6 +104,8 @@ def predict(run: str | Path, data: Any, *, narrator: Narrator | None = None) -> 
     say = narrator or Silent()
     folder = expanded(run)
     report, calibration = _trained(folder)
+    if faults := weightless(folder):
+        raise LuthierError.of(faults, "predict")
     columns = report.data["columns"]
     texts = Columns(columns["text"], columns.get("text_pair"))
     split, frame = read_unlabelled(data, texts)

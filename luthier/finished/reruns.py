@@ -12,6 +12,7 @@ from luthier.call import Call
 from luthier.errors import DataError, Fault, LuthierError
 from luthier.finished.changes import Change, changes, surroundings, wrapped
 from luthier.finished.diff import Differences, diff
+from luthier.finished.weights import weightless
 from luthier.folder import environment, fresh, refuse
 from luthier.jsonfile import expanded, plain
 from luthier.narrate import Narrator, Silent
@@ -107,7 +108,7 @@ def rerun(
     arguments["ood"] = arguments["ood"] | dict(ood or {})
     recipe = recipes.read(path / "recipe.yaml")
     then = surroundings(path)
-    faults = [*gone(path, call, arguments, FLAGS), *_read_otherwise(path, recipe, report, then)]
+    faults = [*weightless(path), *gone(path, call, arguments, FLAGS), *_read_otherwise(path, recipe, report, then)]
     if faults:
         raise LuthierError.of(faults, f"rerun of {path}")
     stock = Stock()  # so that what is read to be checked is not read again

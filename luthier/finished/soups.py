@@ -21,6 +21,7 @@ from luthier.core.ingredient import Outputs
 from luthier.core.scores import HIGHER_IS_BETTER, better
 from luthier.errors import Fault, LuthierError, ModelError
 from luthier.finished.reruns import gone, other_data
+from luthier.finished.weights import weightless
 from luthier.jsonfile import atomically, expanded, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.outputs import by_split, logits, scores
@@ -204,9 +205,10 @@ def _reports(folders: Sequence[Path], *, alike: bool) -> list[Report]:
     faults = []
     ended = []
     for folder in folders:
-        if not (folder / "report.json").is_file() or not (folder / "model").is_dir():
+        if not (folder / "report.json").is_file():
             faults.append(Fault(str(folder), "must be the folder of a run that has ended"))
             continue
+        faults += weightless(folder)
         ended.append((folder, Report.load(folder)))
     if len(folders) < 2:
         faults.append(Fault("runs", "must be two or more", str(len(folders))))

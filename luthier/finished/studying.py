@@ -12,6 +12,7 @@ from luthier import call
 from luthier.errors import Fault, LuthierError
 from luthier.finished.reruns import moved, other_data, other_weights
 from luthier.finished.subject import KINDS, Kind, Study, Subject
+from luthier.finished.weights import weightless
 from luthier.jsonfile import expanded, plain, write_whole
 from luthier.narrate import Narrator, Silent
 from luthier.recipe import text as recipes
@@ -85,6 +86,8 @@ def study(
         faults += other_weights(path, job, report)
         if faults:
             raise LuthierError.of(faults, f"study of {path}")
+    if report is not None and (faults := weightless(path)):
+        raise LuthierError.of(faults, f"study of {path}")
     after = models.reload(path / "model") if report else job.loaded.model
     subject = Subject(job, after, report, Replay(job, path if report else None, say), rows)
     found = []

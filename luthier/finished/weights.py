@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from luthier import call
 from luthier.core.anatomy import Anatomy
 from luthier.core.families import Family
 from luthier.core.heads import two_layers
@@ -121,11 +123,22 @@ def weights_between(one: str | Path, other: str | Path) -> Weights:
         return Weights(len(whole), len(whole) - len(moved), largest, first, found, absent, tuple(sorted(reshaped)))
 
 
+def weightless(run: Path) -> list[Fault]:
+    """A fault where ``run`` has no weights, as in a comparison that keeps none, with what makes them again; no fault where it has."""
+    if any((run / "model").glob("*.safetensors")):
+        return []
+    do = "Give the folder of a run that has ended."
+    if (run / "report.json").is_file() and (run / call.NAME).is_file():
+        options = call.Call.load(run).options(("--out", "NEW"))
+        do = f"Make it again: luthier fit --recipe {shlex.quote(str(run / 'recipe.yaml'))} {options}"
+    return [Fault(str(run / "model"), "must hold the run's weights", "nothing there", do)]
+
+
 def _opened(run: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of each tensor that ``run`` saved."""
     files = sorted((run / "model").glob("*.safetensors"))
     if not files:
-        raise LuthierError.of([Fault(f"{run / 'model'}", "must hold the weights of a run that has ended")], str(run))
+        raise LuthierError.of(weightless(run), str(run))
     found: dict[str, Any] = {}
     for path in files:
         try:

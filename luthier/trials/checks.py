@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from luthier.call import Call
 from luthier.errors import Fault, LuthierError
@@ -21,15 +22,18 @@ from luthier.trials.reading import inside
 from luthier.trials.stale import stale
 
 
-def check(design: Design, say: Narrator, desk: Desk) -> None:
+def check(design: Design, say: Narrator, desk: Desk) -> dict[str, int]:
     """Everything that can be found wrong is found before the first run: each recipe is planned in each setting.
 
+    Returns:
+        by setting, bytes of the weights that a run has in the end, the most that any recipe's has.
     Raises:
         LuthierError: with every fault.
     """
     faults: list[Fault] = []
     tasks: dict[str, Job] = {}  # the first job of each
     stock = Stock()
+    kept: dict[str, int] = {}
     for asked in design.settings:
         jobs: dict[str, Job] = {}  # by what of a recipe decides how the data and the model are read
         for name in design.recipes:
@@ -49,6 +53,7 @@ def check(design: Design, say: Narrator, desk: Desk) -> None:
                         must = f"must be measured on the rows of {first.recipe.name}, as runs are paired by row"
                         do = "Give --data for all, or leave 'seeds: {split: ...}' out."
                         faults.append(Fault(where, must, jobs[kind].data.source, do))
+                kept[asked.name] = max(kept.get(asked.name, 0), _bytes(jobs[kind].loaded.model))
                 trials = [one for one in design.trials() if (one.setting, one.recipe) == (asked.name, name)]
                 faults += stale([one for one in trials if desk.done(one)], desk, jobs[kind])
                 if early := Early.of(design):
@@ -76,6 +81,11 @@ def check(design: Design, say: Narrator, desk: Desk) -> None:
             faults += error.faults
     if faults:
         raise LuthierError.of(faults, "the recipes for this model and data")
+    return kept
+
+
+def _bytes(model: Any) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _measured(job: Job) -> str:

@@ -25,6 +25,7 @@ from luthier.trials.desk import Desk
 from luthier.trials.early import turns
 from luthier.trials.places import On, Place
 from luthier.trials.reading import Recipes, read
+from luthier.trials.room import room
 from luthier.trials.searched import refuse_under_way, searches, waiting
 from luthier.trials.sources import stored
 from luthier.trials.watch import Watch
@@ -51,6 +52,7 @@ def compare(
     search: Sequence[str] = (),
     budget: int | str | None = None,
     early: str | None = None,
+    weights: bool | None = None,
     workers: int = 1,
     on: On = "local",
     slurm: Mapping[str, Any] | None = None,
@@ -78,6 +80,8 @@ def compare(
         budget: of search for each recipe that has a space: runs, or minutes of training (``"30min"``); None = 10 runs.
         early: such as ``start=20,share=0.3,keep=5``: 20 seeds of each recipe start, all pause after 0.3 of their steps, and the 5 best on
             validation go on. Those are no random sample of seeds, so no difference is claimed. None: all runs go to their end.
+        weights: whether runs keep their weights when they have ended; without them they cannot predict, be studied, souped or rerun.
+            None = as the comparison that is there has it, else they do.
         workers: how many runs at a time; 1 is this process. With more each has its share of the cores, which moves last bits.
         on: ``local``, this machine; ``ray``, the cluster at RAY_ADDRESS, or one of this machine; ``slurm``, jobs through submitit.
             Nodes must share ``out``, at the same path and with locks that count for all of them, and have Luthier installed.
@@ -114,6 +118,7 @@ def compare(
         search=search,
         budget=budget,
         early=early,
+        weights=weights,
         narrator=narrator,
     )
     return finish(Desk(expanded(out)), design, narrator or Silent(), place)
@@ -140,6 +145,7 @@ def designed(
     search: Sequence[str] = (),
     budget: int | str | None = None,
     early: str | None = None,
+    weights: bool | None = None,
     narrator: Narrator | None = None,
 ) -> Design:
     """What ``compare`` begins with: everything is checked, and the design is in ``out``, so that any process can do a run of it.
@@ -186,12 +192,13 @@ def designed(
             }
             for name, recipe in told.recipes.items()
         }
-        asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more)
+        keep = (before is None or before.weights) if weights is None else weights
+        asked = Design(plain, _settings(calls), told.seeds, metric, against, told.more, keep)
         if before is not None:
             if seeds is None and before.seeds[0].keys() == told.seeds[0].keys():
                 asked = dataclasses.replace(asked, seeds=before.seeds)
             asked = _grown(asked, before, desk)
-        check(asked, say, desk)
+        room(asked, check(asked, say, desk), desk, say)
         with alone(desk.path / "locks" / "design.lock"):
             now = _there(desk)
             if now is not None and now != before:  # another call has added to it since

@@ -63,6 +63,7 @@ class Design:
         metric: what is compared; None = the task's own.
         against: the recipe that the others are compared with; None compares all with all.
         more: what a search or an early stop adds; see their files.
+        weights: whether runs that have ended keep their weights.
         chosen: by setting, by recipe, values by path that go before the recipe's own (None: a search found none); not saved.
     """
 
@@ -72,6 +73,7 @@ class Design:
     metric: str | None = None
     against: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
+    weights: bool = True
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def trials(self) -> tuple[Trial, ...]:

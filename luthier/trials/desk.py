@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,12 @@ class Desk:
     def done(self, trial: Trial) -> bool:
         """Whether the run has ended well."""
         return (self.run(trial) / "report.json").is_file()
+
+    def drop_weights(self, trial: Trial) -> None:
+        """Removes the weights of a run that has ended; all else that is known of it stays."""
+        if self.done(trial):
+            for name in ("model", "adapter"):
+                shutil.rmtree(self.run(trial) / name, ignore_errors=True)
 
     def failure(self, trial: Trial) -> str | None:
         """Why the run ended with an error; None when it did not."""

@@ -110,6 +110,8 @@ def one(
             narrator=narrator,
             stock=stock,
         )
+        if not design.weights:
+            desk.drop_weights(trial)
     except Stopped as stopped:
         raise Stopped(GOES_ON) from stopped
     except Paused:

@@ -211,7 +211,7 @@ def test_a_file_that_is_not_there_or_torn_is_named(harm, runs, tmp_path):
         luthier.diff(runs[0], tmp_path / "copy")
     assert caught.value.exit_code == 2
     file.unlink()
-    with pytest.raises(LuthierError, match=file.name if "model" not in harm else "must hold the weights"):
+    with pytest.raises(LuthierError, match=file.name if "model" not in harm else "must hold the run's weights"):
         luthier.diff(runs[0], tmp_path / "copy")
 
 
