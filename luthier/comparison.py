@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from luthier.errors import Fault, LuthierError
 from luthier.jsonfile import expanded, plain, read_as, write_whole
 
-SCHEMA = 2  # of comparison.json; a field more is a new number
+SCHEMA = 3  # of comparison.json; a field more is a new number
 WIDTH = 80  # columns of summary()
 
 
@@ -79,7 +80,7 @@ class Level:
         sd: of one run (divisor n - 1), from runs that are independent: where streams vary apart those whose streams all have the same
             number; None with one of these.
         failed: names of runs at or under the majority class, or that ended with an error.
-        sentence: about those; empty where there are none.
+        why: of those, what they did not get past; empty where there are none.
     """
 
     setting: str
@@ -91,7 +92,34 @@ class Level:
     worst: float
     best: float
     failed: tuple[str, ...] = ()
-    sentence: str = ""
+    why: str = ""
+
+
+def failures(levels: Sequence[Level]) -> tuple[str, ...]:
+    """A sentence for each setting and split on which runs failed; settings are named where there are several.
+
+    >>> one, other = (Level("data", name, "test", 2, 0.5, 0.0, 0.5, 0.5, (f"{name}-seed0",), "accuracy at 0.5") for name in ("ft", "lp"))
+    >>> failures([one])
+    ('ft failed in 1 of 2 runs on test (ft-seed0): accuracy at 0.5',)
+    >>> failures([one, other])
+    ('2 recipes failed on test (accuracy at 0.5): 1 of 2 runs of ft, lp',)
+    """
+    told = []
+    several = len({level.setting for level in levels}) > 1
+    for setting, split, why in dict.fromkeys((one.setting, one.split, one.why) for one in levels if one.failed):
+        here = [one for one in levels if (one.setting, one.split, one.why) == (setting, split, why) and one.failed]
+        first = here[0]
+        many = f"{len(first.failed)} of {first.seeds} runs"
+        sentence = f"{first.recipe} failed in {many} on {split} ({', '.join(first.failed)}): {why}"
+        if len(here) > 1:
+            shares = sorted({(len(one.failed), one.seeds) for one in here}, reverse=True)
+            parts = [
+                f"{gone} of {runs} runs of {', '.join(one.recipe for one in here if (len(one.failed), one.seeds) == (gone, runs))}"
+                for gone, runs in shares
+            ]
+            sentence = f"{len(here)} recipes failed on {split} ({why}): {'; '.join(parts)}"
+        told.append(f"{setting}: {sentence}" if several else sentence)
+    return tuple(told)
 
 
 @dataclass(frozen=True)

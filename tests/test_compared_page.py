@@ -296,8 +296,7 @@ def with_failures() -> Comparison:
         trials.append(one)
     name = next(one.name for one in trials if one.recipe == "ft" and one.seeds["seed"] == 1)
     levels = [
-        replace(one, failed=(name,), sentence="1 of 5 runs of ft failed") if one.recipe == "ft" else one
-        for one in base.levels
+        replace(one, failed=(name,), why="no better than a guess") if one.recipe == "ft" else one for one in base.levels
     ]
     return replace(base, trials=tuple(trials), levels=tuple(levels))
 
@@ -309,7 +308,8 @@ def test_failed_runs_are_crosses_runs_without_a_score_stand_at_the_edge_and_open
     assert [rows[name].gone for name in THREE] == [0, 0, 1]
     told = said(with_failures())
     assert "Crosses: 2 failed. Those at the left edge ended without a score." in told
-    assert "1 of 5 runs of ft failed" in told
+    named = next(one for one in with_failures().levels if one.failed).failed[0]
+    assert f"ft failed in 1 of 5 runs on test ({named}): no better than a guess" in told
     assert "↳ the loss is not finite <at step 3>" in told
     assert "○ open" in told and "✕ failed" in told
     assert "13 of 15" in told

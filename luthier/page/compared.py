@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from luthier.comparison import Comparison, Setting, Versus
+from luthier.comparison import Comparison, Setting, Versus, failures
 from luthier.errors import DataError, Fault
 from luthier.jsonfile import plain, write_whole
 from luthier.page import Figure, costs, dots, environment, expected, forest, trusted
@@ -140,7 +140,7 @@ def _section(comparison: Comparison, at: int, scale: Scale) -> Section:
         more=_more(comparison, setting, scale, at),
         variance=tables.variance(comparison.variance.get(setting.name) or {}),
         levels=tables.levels(comparison, setting, scale),
-        sentences=tuple(dict.fromkeys(one.sentence for one in here if one.sentence)),
+        sentences=failures(here),
         versus=tables.versus(comparison, setting, scale),
         runs=tables.runs(comparison, setting, scale),
         left=tuple(split_title(split) for split in left),

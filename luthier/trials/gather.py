@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from luthier import evaluate
-from luthier.comparison import Comparison, Level, Setting, TrialRow, Versus
+from luthier.comparison import Comparison, Level, Setting, TrialRow, Versus, failures
 from luthier.core.ingredient import Findings, Outputs
 from luthier.core.scores import HIGHER_IS_BETTER
 from luthier.errors import Fault, LuthierError, RunError, did_you_mean
@@ -163,19 +163,17 @@ class _Told:
         scored = {trial.name: value for trial in self.of(recipe) if (value := self._score(trial, split)) is not None}
         told = runs.summary(list(scored.values()), higher_is_better=HIGHER_IS_BETTER[self.metric])
         apart = [scored[trial.name] for trial in self.of(recipe) if trial.name in scored and independent(trial.seeds)]
-        names, sentence = list(scored), ""
+        names, why = list(scored), ""
         gone: tuple[int, ...] = ()
         if split in self.setting.majority:
             accuracies = [self._score(trial, split, "accuracy") for trial in self.of(recipe) if trial.name in scored]
             majority = self.setting.majority[split]
             gone = runs.failed(accuracies, majority)
             why = f"accuracy at or under {majority:.3f}, the share of the majority class"
-            sentence = _failed(recipe, [names[at] for at in gone], len(names), why, split)
         elif (known := self.runs[self.of(recipe)[0]].baseline(split)) and known[0] == "rmse":
             errors = [self._score(trial, split, "rmse") for trial in self.of(recipe) if trial.name in scored]
             gone = runs.failed(errors, known[1], higher_is_better=False)
             why = f"RMSE at or over {known[1]:.4g}, that of {known[2]}"
-            sentence = _failed(recipe, [names[at] for at in gone], len(names), why, split)
         return Level(
             setting=self.setting.name,
             recipe=recipe,
@@ -186,7 +184,7 @@ class _Told:
             worst=told.worst,
             best=told.best,
             failed=tuple(names[at] for at in gone),
-            sentence=sentence,
+            why=why if gone else "",
         )
 
     def best_of(self) -> dict[str, Any]:
@@ -283,16 +281,8 @@ def _notes(rows: Sequence[TrialRow], levels: Sequence[Level], found: Sequence[_T
         if against and not one.of(against):
             notes.append(f"all are compared with {against}, of which no run on {one.setting.name} has ended")
     shown = {one.setting.name: one.setting.shown for one in found}
-    notes += [level.sentence for level in levels if level.sentence and level.split == shown[level.setting]]
+    notes += failures([level for level in levels if level.split == shown[level.setting]])
     return list(dict.fromkeys(notes))
-
-
-def _failed(recipe: str, names: Sequence[str], runs: int, why: str, split: str) -> str:
-    """
-    >>> _failed("ft", ["ft-seed0", "ft-seed1"], 4, "accuracy at or under 0.620", "test")
-    'ft failed in 2 of 4 runs on test (ft-seed0 and ft-seed1): accuracy at or under 0.620'
-    """
-    return f"{recipe} failed in {len(names)} of {runs} runs on {split} ({listed(names)}): {why}" if names else ""
 
 
 def _varied(design: Design) -> list[str]:

@@ -262,8 +262,8 @@ def test_a_regression_no_better_than_the_training_mean_has_failed_and_another_me
     level = next(one for one in found.levels if one.split == "test")
     assert level.failed == ("ft-seed0", "ft-seed1")  # six steps do not come near 100
     constant = luthier.Report.load(out / "runs" / "ft-seed0").data["constant"]["test"]
-    assert f"RMSE at or over {constant:.4g}, that of the mean of the training labels" in level.sentence
-    assert level.sentence in found.notes
+    assert f"RMSE at or over {constant:.4g}, that of the mean of the training labels" == level.why
+    assert f"ft failed in 2 of 2 runs on test (ft-seed0, ft-seed1): {level.why}" in found.notes
     assert gather(out, metric="mae").metric == "mae" and gather(out).metric == "rmse"
     chosen = dataclasses.replace(Design.load(out), more={"early": {}})
     with pytest.raises(LuthierError, match="--metric  must be rmse, as runs were chosen by it; got mae"):
@@ -411,10 +411,11 @@ def test_a_comparison_on_one_model_and_data_grows_by_others_and_keeps_its_runs(t
 def test_two_calls_at_once_lose_nothing_of_each_other(tiny_model, data, tmp_path, monkeypatch):
     out, real = tmp_path / "out", comparing.check
 
-    def check(design: Design, *rest) -> None:
-        real(design, *rest)
+    def check(design: Design, *rest) -> dict[str, int]:
+        kept = real(design, *rest)
         monkeypatch.setattr(comparing, "check", real)  # while this one checks, another call comes and goes
         designed([LP], model=tiny_model, data=data, out=out, seeds=2)
+        return kept
 
     monkeypatch.setattr(comparing, "check", check)
     asked = designed([FT], model=tiny_model, data=data, out=out, seeds=[0, 7])
@@ -498,7 +499,7 @@ def test_streams_vary_apart(tiny_model, data, tmp_path, monkeypatch):
     monkeypatch.setattr("luthier.statistics.runs.majority_share", lambda targets: 0.999)
     level = next(one for one in gather(tmp_path / "out").levels if (one.recipe, one.split) == ("ft", "test"))
     assert level.failed == tuple(f"ft-head{h}-order{o}" for h, o in test)
-    assert all(name in level.sentence for name in level.failed)
+    assert level.why == "accuracy at or under 0.999, the share of the majority class"
     more = designed([LP], model=tiny_model, data=data, out=tmp_path / "out", **{**asked, "seeds": [0, 5]})
     pairs = [tuple(one.values()) for one in more.seeds]
     assert set(pairs) == {(head, order) for head in (0, 1, 5) for order in (0, 1, 5)}  # a full grid still
