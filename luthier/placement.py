@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +48,17 @@ def _check_device(device: torch.device, precision: str) -> None:
         raise RecipeError.of(faults, "the recipe for this machine")
 
 
+def _part() -> None:
+    """The processes part. In one that ends without it, threads of its group may wake when Python is half gone, and abort it.
+
+    They end with the last object that holds the group, hence the collection (pytorch issue 190489). Where weights were sharded torch
+    holds it to the end, but its threads have let go of what they did by then.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
 class Placement:
     """One process' view of all devices. With one process on a CPU it does nothing at all.
 
@@ -76,6 +89,9 @@ class Placement:
         self._compile = compile
         self.rank: int = self._accelerator.process_index
         self.processes: int = self._accelerator.num_processes
+        if self.processes > 1:
+            atexit.unregister(_part)  # of an earlier run
+            atexit.register(_part)
         self.device: torch.device = self._accelerator.device
         _check_device(self.device, precision)
         self.main: bool = self._accelerator.is_main_process
@@ -208,6 +224,6 @@ class Placement:
         return lambda values, step: self._accelerator.log(values, step=step)
 
     def end(self) -> None:
-        """Closes the trackers."""
-        if self._accelerator.log_with:
-            self._accelerator.end_training()
+        """Closes the trackers. The processes stay together: scores come after it, and perhaps another run."""
+        for tracker in self._accelerator.trackers if self._accelerator.log_with else ():
+            tracker.finish()
