@@ -100,7 +100,7 @@ def test_chang_has_its_rates_and_takes_the_average_of_its_best_steps(three_block
     assert {entry.name for entry in plan.entries} >= {"reinit", "swa", "best", "llrd"}
 
 
-# The last stage as published: epochs, rows of a batch, warm-up, weight decay, alpha of LoRA, epochs of the stage before.
+# The last stage: epochs, rows of a batch, warm-up, weight decay, alpha of LoRA, epochs of the stage before. As published, but for eh-ft's rows (32).
 PUBLISHED = {
     "lora": (30, 16, 0.06, 0.1, 16, None),  # Hu et al. 2022, RoBERTa-base on GLUE: 30 to 80 epochs, 16 to 64 rows
     "lp-lora": (10, 8, 0.0, 0.0, 8, None),  # Tomihari and Sato 2024
